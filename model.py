@@ -1,0 +1,479 @@
+"""
+GPT-2 as a PyTorch module, its weights in and out, and text generation with a KV cache.
+
+    model = load_model("gpt2")                        # OpenAI's weights, fetched once from the Hugging Face hub
+    model = load_model("out/step_019073")             # our own
+    for tokens in generate(model, prompt, 100): ...   # (B,) new tokens at a time
+
+After "Language Models are Unsupervised Multitask Learners" (Radford et al., 2019). Parameter names are those of OpenAI's
+release, so that weights map one to one. Reads and writes `model.safetensors` and `config.json` in the layout that the hub
+uses for GPT-2; a directory that `save_model` wrote can be opened with `transformers.GPT2LMHeadModel.from_pretrained`.
+"""
+
+import hashlib
+import json
+import math
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import requests
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+# The architecture
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    """The shape of a GPT-2. `block_size` is the longest context in tokens; the defaults are those of the 124M model."""
+
+    block_size: int = 1024
+    vocab_size: int = 50257
+    n_layer: int = 12
+    n_head: int = 12
+    n_embd: int = 768
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.n_embd % self.n_head:
+            raise ValueError(f"n_embd ({self.n_embd}) must be a multiple of n_head ({self.n_head})")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must be at least 0 and below 1, not {self.dropout}")
+
+
+MODEL_SIZES = {
+    "gpt2": GPTConfig(n_layer=12, n_head=12, n_embd=768),  # 124M
+    "gpt2-medium": GPTConfig(n_layer=24, n_head=16, n_embd=1024),  # 355M
+    "gpt2-large": GPTConfig(n_layer=36, n_head=20, n_embd=1280),  # 774M
+    "gpt2-xl": GPTConfig(n_layer=48, n_head=25, n_embd=1600),  # 1558M
+    "gpt2-tiny": GPTConfig(n_layer=4, n_head=4, n_embd=128),  # for a CPU; not one of OpenAI's
+}
+
+LAYER_NORM_EPS = 1e-5
+KVCache = list[tuple[torch.Tensor, torch.Tensor]]  # keys and values of each layer, (B, n_head, block_size, head size)
+
+
+class CausalSelfAttention(nn.Module):
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.n_head = config.n_head
+        self.dropout = config.dropout
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)  # query, key and value of all heads in one product
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
+        self.resid_dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: torch.Tensor, cache: tuple[torch.Tensor, torch.Tensor] | None, start: int) -> torch.Tensor:
+        B, T, C = x.shape
+        q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)  # (B, nh, T, hs)
+        if cache is not None:
+            cached_k, cached_v = cache
+            cached_k[:, :, start : start + T] = k
+            cached_v[:, :, start : start + T] = v
+            k, v = cached_k[:, :, : start + T], cached_v[:, :, : start + T]
+        # A single token at the end of the cache sees all of it; any other call starts at 0, where "causal" is a square.
+        dropout = self.dropout if self.training else 0.0
+        y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=T > 1)  # (B, nh, T, hs)
+        y = y.transpose(1, 2).reshape(B, T, C)
+        return self.resid_dropout(self.c_proj(y))
+
+
+class MLP(nn.Module):
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
+        self.resid_dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.resid_dropout(self.c_proj(F.gelu(self.c_fc(x), approximate="tanh")))
+
+
+class Block(nn.Module):
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd, eps=LAYER_NORM_EPS)
+        self.attn = CausalSelfAttention(config)
+        self.ln_2 = nn.LayerNorm(config.n_embd, eps=LAYER_NORM_EPS)
+        self.mlp = MLP(config)
+
+    def forward(self, x: torch.Tensor, cache: tuple[torch.Tensor, torch.Tensor] | None, start: int) -> torch.Tensor:
+        x = x + self.attn(self.ln_1(x), cache, start)
+        return x + self.mlp(self.ln_2(x))
+
+
+class GPT(nn.Module):
+    """
+    GPT-2: `model(tokens)` gives logits, `model(tokens, targets)` the mean loss alone.
+
+    One matrix, `transformer.wte.weight`, is both the token embedding and the output projection. It has a multiple of 128
+    rows, since matrix products of odd sizes are slow on GPUs; the rows past `vocab_size` are no part of the softmax, are
+    not saved and not counted.
+    """
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.config = config
+        padded_vocab_size = math.ceil(config.vocab_size / 128) * 128
+        self.transformer = nn.ModuleDict(
+            {
+                "wte": nn.Embedding(padded_vocab_size, config.n_embd),
+                "wpe": nn.Embedding(config.block_size, config.n_embd),
+                "drop": nn.Dropout(config.dropout),
+                "h": nn.ModuleList(Block(config) for _ in range(config.n_layer)),
+                "ln_f": nn.LayerNorm(config.n_embd, eps=LAYER_NORM_EPS),
+            }
+        )
+        self.apply(self._init_weights)
+        with torch.no_grad():
+            self.transformer.wte.weight[config.vocab_size :] = 0  # the padding rows get no gradient and stay 0
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Normal(0, 0.02); the two projections of a block that end in the residual stream, which sums 2 * n_layer of
+        them, are scaled so that its variance does not grow with depth (section 2.3 of the paper)."""
+        if isinstance(module, nn.Embedding):
+            nn.init.normal_(module.weight, std=0.02)
+        elif isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=0.02)
+            nn.init.zeros_(module.bias)
+        elif isinstance(module, Block):  # reached after the linear layers inside it
+            for projection in (module.attn.c_proj, module.mlp.c_proj):
+                nn.init.normal_(projection.weight, std=0.02 / math.sqrt(2 * self.config.n_layer))
+
+    def hidden(self, tokens: torch.Tensor, cache: KVCache | None = None, start: int = 0) -> torch.Tensor:
+        """
+        The trunk: (B, T) tokens at positions start, ..., start + T - 1 to (B, T, C), normalized for the output matrix.
+
+        With a `cache`, keys and values are written there at the same positions, and those before `start` are read
+        from it; then either `start` is 0 or T is 1. Raises ValueError when the positions run past the block size.
+        """
+        T = tokens.size(1)
+        if start + T > self.config.block_size:
+            raise ValueError(f"{start + T} tokens are more than the model's context of {self.config.block_size}")
+        x = self.transformer.wte(tokens) + self.transformer.wpe.weight[start : start + T]  # (B, T, C)
+        x = self.transformer.drop(x)
+        for i, block in enumerate(self.transformer.h):
+            x = block(x, None if cache is None else cache[i], start)
+        return self.transformer.ln_f(x)
+
+    def logits(self, x: torch.Tensor) -> torch.Tensor:
+        """(..., C) from `hidden` to (..., vocab_size)."""
+        return F.linear(x, self.transformer.wte.weight)[..., : self.config.vocab_size]
+
+    def forward(self, tokens: torch.Tensor, targets: torch.Tensor | None = None) -> torch.Tensor:
+        """
+        tokens (B, T), integer -> logits (B, T, vocab_size); with targets (B, T), int64 -> the mean cross-entropy, a
+        float32 scalar in nats, over the positions whose target is not -1. Raises ValueError when T is past block_size.
+        """
+        logits = self.logits(self.hidden(tokens))
+        if targets is None:
+            return logits
+        return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1)
+
+
+def parameter_count(model: GPT) -> int:
+    """Parameters that are trained and saved: the shared matrix once, its padding rows not at all."""
+    padding = model.transformer.wte.num_embeddings - model.config.vocab_size
+    return sum(p.numel() for p in model.parameters()) - padding * model.config.n_embd
+
+
+def flops_per_token(config: GPTConfig) -> float:
+    """
+    Floating-point operations per trained token, forward and backward, at the full context: 6 for each weight of a matrix
+    product (the output matrix included, position embeddings and the like not) and 12 * n_layer * n_embd * block_size for
+    attention, of which the causal half is counted too, as is the custom (appendix B of PaLM, Chowdhery et al., 2022).
+    """
+    weights = 12 * config.n_layer * config.n_embd**2 + config.vocab_size * config.n_embd
+    return 6 * weights + 12 * config.n_layer * config.n_embd * config.block_size
+
+
+def configure_optimizer(
+    model: nn.Module, learning_rate: float, weight_decay: float, betas: tuple[float, float]
+) -> torch.optim.AdamW:
+    """AdamW with weight decay on the matrices and none on biases and LayerNorms; fused wherever the device can."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    fused = all(p.device.type in ("cuda", "cpu", "mps") for p in parameters)
+    return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, eps=1e-8, fused=fused)
+
+
+# Devices
+
+DEVICES = ("auto", "cuda", "mps", "cpu")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+def choose_device(name: str) -> torch.device:
+    """One of DEVICES; "auto" is the first of them that is there. Raises ValueError for one that is not."""
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    kind = next(kind for kind, there in available.items() if there) if name == "auto" else name
+    if not available[kind]:
+        raise ValueError(f"--device {kind}: this machine, or this build of PyTorch, has none")
+    return torch.device(kind)
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """One of DTYPES for matrix products; "auto" is bfloat16 on CUDA, float16 on cards too old for it, else float32.
+    Raises ValueError for float16 where nothing computes in it."""
+    if name == "auto" and device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    if name == "float16" and device.type != "cuda":
+        raise ValueError("--dtype float16 needs a CUDA device; choose float32 or bfloat16")
+    return torch.float32 if name == "auto" else getattr(torch, name)
+
+
+# Weights in and out
+
+TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")  # (in, out) in files
+
+
+def save_model(model: GPT, directory: str | Path, tokenizer: str = "gpt2") -> None:
+    """
+    Write `model.safetensors` (float32, linear weights as (in, out) like OpenAI's release, no padding rows) and
+    `config.json` to `directory`, which is made if need be. `tokenizer` is the name to be found by `model_tokenizer`.
+    """
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    config = model.config
+    tensors = {}
+    for name, tensor in model.state_dict().items():
+        if name == "transformer.wte.weight":
+            tensor = tensor[: config.vocab_size]
+        tensor = tensor.t() if name.endswith(TRANSPOSED) else tensor
+        tensors[name] = tensor.to("cpu", torch.float32).contiguous()
+    # transformers reads the metadata's "format" and refuses a file without it.
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    described = {
+        "architectures": ["GPT2LMHeadModel"],
+        "model_type": "gpt2",
+        "activation_function": "gelu_new",
+        "vocab_size": config.vocab_size,
+        "n_positions": config.block_size,
+        "n_ctx": config.block_size,
+        "n_embd": config.n_embd,
+        "n_layer": config.n_layer,
+        "n_head": config.n_head,
+        "layer_norm_epsilon": LAYER_NORM_EPS,
+        "initializer_range": 0.02,
+        "embd_pdrop": config.dropout,
+        "attn_pdrop": config.dropout,
+        "resid_pdrop": config.dropout,
+        "bos_token_id": config.vocab_size - 1,  # <|endoftext|> is the last token of both tokenizers
+        "eos_token_id": config.vocab_size - 1,
+        "tie_word_embeddings": True,
+        "tokenizer": tokenizer,
+    }
+    (directory / "config.json").write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
+
+
+def load_model(name_or_dir: str | Path, dropout: float = 0.0) -> GPT:
+    """
+    The model in a directory of the hub's layout, or one of OpenAI's four by name ("gpt2", ..., fetched once), in float32
+    on the CPU and in eval mode. Raises FileNotFoundError when there is no such model, ValueError when what is there is
+    not a whole GPT-2, and OSError when a download fails.
+    """
+    directory = model_directory(name_or_dir)
+    described = _read_config(directory)
+    keys = {"block_size": "n_positions", "vocab_size": "vocab_size", "n_layer": "n_layer", "n_head": "n_head"}
+    try:
+        config = GPTConfig(n_embd=described["n_embd"], **{ours: described[key] for ours, key in keys.items()})
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{directory}/config.json does not describe a GPT-2: {error} is missing or wrong") from error
+    for key, wanted in {"activation_function": "gelu_new", "layer_norm_epsilon": LAYER_NORM_EPS}.items():
+        if described.get(key, wanted) != wanted:
+            raise ValueError(f"{directory}/config.json has {key} {described[key]}, where GPT-2 has {wanted}")
+    try:
+        stored = load_file(directory / "model.safetensors")
+    except SafetensorError as error:
+        raise ValueError(f"{directory}/model.safetensors is damaged or not a safetensors file: {error}") from error
+
+    with torch.device("meta"):  # no time spent on an initialization that the file replaces
+        model = GPT(replace(config, dropout=dropout))
+    state = {}
+    for name, parameter in model.state_dict().items():
+        tensor = stored.get(name, stored.get(name.removeprefix("transformer.")))  # the hub's gpt2 has no prefix
+        if tensor is None:
+            raise ValueError(f"{directory}/model.safetensors has no {name}")
+        tensor = tensor.t() if name.endswith(TRANSPOSED) else tensor
+        if name == "transformer.wte.weight" and tensor.shape == (config.vocab_size, config.n_embd):
+            tensor = F.pad(tensor, (0, 0, 0, parameter.size(0) - config.vocab_size))
+        if tensor.shape != parameter.shape:
+            raise ValueError(f"{directory}/model.safetensors: {name} is {tuple(tensor.shape)}, not as in config.json")
+        state[name] = tensor.to(torch.float32).contiguous()
+    model.load_state_dict(state, assign=True)
+    return model.requires_grad_(True).eval()
+
+
+def model_tokenizer(name_or_dir: str | Path) -> str:
+    """The name of the tokenizer that a model was trained with ("gpt2" where its config.json does not say)."""
+    return _read_config(model_directory(name_or_dir)).get("tokenizer", "gpt2")
+
+
+def model_directory(name_or_dir: str | Path) -> Path:
+    """The directory of a model given by path or by name; OpenAI's models are fetched at their first use."""
+    directory = Path(name_or_dir)
+    if (directory / "config.json").is_file() and (directory / "model.safetensors").is_file():
+        return directory
+    if str(name_or_dir) in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"):
+        return _fetch_from_hub(str(name_or_dir))
+    missing = "it has no model.safetensors and config.json" if directory.is_dir() else "there is no such directory"
+    raise FileNotFoundError(f"{name_or_dir} is not a model: {missing}, nor is it one of gpt2, gpt2-medium, -large, -xl")
+
+
+def _read_config(directory: Path) -> dict:
+    try:
+        described = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{directory}/config.json is damaged: {error}") from error
+    if not isinstance(described, dict) or described.get("model_type") != "gpt2":
+        raise ValueError(f"{directory}/config.json does not describe a GPT-2 (model_type is not gpt2)")
+    return described
+
+
+def _fetch_from_hub(name: str) -> Path:
+    """Bring a model of OpenAI's to the cache, resuming what was interrupted; size and sha256 are those the hub states."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gpt2" / name
+    files = ("config.json", "model.safetensors")
+    if all((cache / file).is_file() for file in files):
+        return cache
+    cache.mkdir(parents=True, exist_ok=True)
+    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
+    token = os.environ.get("HF_TOKEN")
+    headers = {"Authorization": f"Bearer {token}"} if token else {}  # requests drops it when another host takes over
+    listing = requests.get(f"{endpoint}/api/models/openai-community/{name}/tree/main", headers=headers, timeout=60)
+    listing.raise_for_status()
+    entries = {entry["path"]: entry for entry in listing.json()}
+    for file in files:
+        if (cache / file).is_file():
+            continue
+        part = cache / f"{file}.part"
+        size, sha256 = entries[file]["size"], entries[file].get("lfs", {}).get("oid")
+        have = part.stat().st_size if part.exists() else 0
+        if have < size:
+            url = f"{endpoint}/openai-community/{name}/resolve/main/{file}"
+            wanted = {**headers, "Range": f"bytes={have}-"} if have else headers
+            with requests.get(url, headers=wanted, stream=True, timeout=60) as response:
+                response.raise_for_status()
+                have = have if response.status_code == 206 else 0
+                with open(part, "r+b" if have else "wb") as out:
+                    out.seek(have)
+                    for chunk in response.iter_content(1 << 20):
+                        out.write(chunk)
+                        have += len(chunk)
+                        if sys.stderr.isatty():
+                            print(f"\r{name}/{file}: {have / 1e6:.0f} of {size / 1e6:.0f} MB", end="", file=sys.stderr)
+            if sys.stderr.isatty():
+                print(file=sys.stderr)
+        digest = hashlib.sha256()
+        with open(part, "rb") as downloaded:
+            while chunk := downloaded.read(1 << 20):
+                digest.update(chunk)
+        if part.stat().st_size < size:
+            raise OSError(f"the download of {name}/{file} ended early; start again and it will go on from there")
+        if part.stat().st_size > size or (sha256 and digest.hexdigest() != sha256):
+            part.unlink()
+            raise OSError(f"the download of {name}/{file} is not what the hub announced (size or sha256); start again")
+        part.rename(cache / file)
+    return cache
+
+
+# Generation
+
+
+def probabilities(logits: torch.Tensor, temperature: float, top_k: int | None, top_p: float | None) -> torch.Tensor:
+    """
+    (B, V) logits to (B, V) float32 probabilities: divided by `temperature`, cut to the `top_k` most likely tokens, then
+    to the smallest set whose probability reaches `top_p`, and normalized again. None leaves a cut out.
+    """
+    logits = logits.float() / temperature
+    if top_k is not None and top_k < logits.size(-1):
+        threshold = logits.topk(top_k).values[:, -1:]
+        logits = logits.masked_fill(logits < threshold, -math.inf)
+    probs = logits.softmax(dim=-1)
+    if top_p is not None and top_p < 1:
+        ordered, order = probs.sort(dim=-1, descending=True)
+        before = ordered.cumsum(dim=-1) - ordered  # what the more likely tokens already hold
+        probs = torch.zeros_like(probs).scatter(-1, order, ordered.masked_fill(before >= top_p, 0.0))
+        probs = probs / probs.sum(dim=-1, keepdim=True)
+    return probs
+
+
+def sample_token(
+    logits: torch.Tensor,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    generator: torch.Generator | None = None,
+) -> torch.Tensor:
+    """(B, V) logits to (B,) int64 tokens; temperature 0 takes the most likely one."""
+    if temperature == 0:
+        return logits.argmax(dim=-1)
+    probs = probabilities(logits, temperature, top_k, top_p)
+    # argmax(p / Exponential(1)) is a draw from p, and unlike torch.multinomial it never waits for the GPU.
+    return (probs / torch.empty_like(probs).exponential_(generator=generator)).argmax(dim=-1)
+
+
+@torch.inference_mode()
+def generate(
+    model: GPT,
+    tokens: torch.Tensor,
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    generator: torch.Generator | None = None,
+    stop_token: int | None = None,
+) -> Iterator[torch.Tensor]:
+    """
+    Continue a batch of prompts of one length: from (B, T) tokens, yield `max_new_tokens` times the next (B,) int64.
+
+    The keys and values of all that was read are kept in a preallocated cache, so that a token costs one pass over the
+    weights. When the context is full, the last half of it becomes the new context. A row that has drawn `stop_token`
+    goes on with `stop_token`; when all rows have, the generation ends. `generator` (on the model's device) makes the
+    draws reproducible. Raises ValueError for an empty prompt, one longer than the context, or a setting out of range.
+    """
+    config = model.config
+    B, T = tokens.shape
+    if not 1 <= T <= config.block_size:
+        raise ValueError(f"a prompt must have 1 to {config.block_size} tokens (the model's context), not {T}")
+    if temperature < 0 or (top_k is not None and top_k < 1) or (top_p is not None and not 0 < top_p <= 1):
+        raise ValueError("temperature must be at least 0, top_k at least 1, and top_p above 0 and at most 1")
+    weight = model.transformer.wte.weight
+    shape = (B, config.n_head, config.block_size, config.n_embd // config.n_head)
+    cache = [(weight.new_empty(shape), weight.new_empty(shape)) for _ in range(config.n_layer)]
+    context = tokens.new_empty(B, config.block_size)  # the tokens behind the cache's entries
+    context[:, :T] = tokens
+    start, end = 0, T  # context[:, start:end] is still to be read into the cache
+    finished = torch.zeros(B, dtype=torch.bool, device=tokens.device)
+    was_training = model.training
+    model.eval()
+    try:
+        for _ in range(max_new_tokens):
+            x = model.hidden(context[:, start:end], cache, start)
+            token = sample_token(model.logits(x[:, -1]), temperature, top_k, top_p, generator)
+            if stop_token is not None:
+                token = token.masked_fill(finished, stop_token)
+                finished |= token == stop_token
+            yield token
+            if stop_token is not None and finished.all():
+                return
+            start = end
+            if end == config.block_size:
+                kept = config.block_size // 2
+                context[:, :kept] = context[:, config.block_size - kept :].clone()
+                start, end = 0, kept
+            context[:, end] = token
+            end += 1
+    finally:
+        model.train(was_training)
