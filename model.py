@@ -342,50 +342,55 @@ def _read_config(directory: Path) -> dict:
 
 
 def _fetch_from_hub(name: str) -> Path:
-    """Bring a model of OpenAI's to the cache, resuming what was interrupted; size and sha256 are those the hub states."""
+    """The directory of a model of OpenAI's in the cache, where it is fetched to if need be. Raises OSError."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gpt2" / name
-    files = ("config.json", "model.safetensors")
-    if all((cache / file).is_file() for file in files):
+    missing = [file for file in ("config.json", "model.safetensors") if not (cache / file).is_file()]
+    if not missing:
         return cache
     cache.mkdir(parents=True, exist_ok=True)
     endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
     token = os.environ.get("HF_TOKEN")
     headers = {"Authorization": f"Bearer {token}"} if token else {}  # requests drops it when another host takes over
-    listing = requests.get(f"{endpoint}/api/models/openai-community/{name}/tree/main", headers=headers, timeout=60)
-    listing.raise_for_status()
-    entries = {entry["path"]: entry for entry in listing.json()}
-    for file in files:
-        if (cache / file).is_file():
-            continue
-        part = cache / f"{file}.part"
-        size, sha256 = entries[file]["size"], entries[file].get("lfs", {}).get("oid")
-        have = part.stat().st_size if part.exists() else 0
-        if have < size:
+    try:
+        listing = requests.get(f"{endpoint}/api/models/openai-community/{name}/tree/main", headers=headers, timeout=60)
+        listing.raise_for_status()
+        entries = {entry["path"]: entry for entry in listing.json()}
+        for file in missing:
             url = f"{endpoint}/openai-community/{name}/resolve/main/{file}"
-            wanted = {**headers, "Range": f"bytes={have}-"} if have else headers
-            with requests.get(url, headers=wanted, stream=True, timeout=60) as response:
-                response.raise_for_status()
-                have = have if response.status_code == 206 else 0
-                with open(part, "r+b" if have else "wb") as out:
-                    out.seek(have)
-                    for chunk in response.iter_content(1 << 20):
-                        out.write(chunk)
-                        have += len(chunk)
-                        if sys.stderr.isatty():
-                            print(f"\r{name}/{file}: {have / 1e6:.0f} of {size / 1e6:.0f} MB", end="", file=sys.stderr)
-            if sys.stderr.isatty():
-                print(file=sys.stderr)
-        digest = hashlib.sha256()
-        with open(part, "rb") as downloaded:
-            while chunk := downloaded.read(1 << 20):
-                digest.update(chunk)
-        if part.stat().st_size < size:
-            raise OSError(f"the download of {name}/{file} ended early; start again and it will go on from there")
-        if part.stat().st_size > size or (sha256 and digest.hexdigest() != sha256):
-            part.unlink()
-            raise OSError(f"the download of {name}/{file} is not what the hub announced (size or sha256); start again")
-        part.rename(cache / file)
+            entry = entries[file]
+            _fetch_file(url, cache / file, entry["size"], entry.get("lfs", {}).get("oid"), headers)
+    except (requests.RequestException, KeyError) as error:
+        raise OSError(
+            f"{name} could not be fetched from {endpoint}: {error!r}; start again and it will go on"
+        ) from error
     return cache
+
+
+def _fetch_file(url: str, path: Path, size: int, sha256: str | None, headers: dict[str, str]) -> None:
+    """Fetch a file, going on from what an interrupted try left; it gets its name when size and sha256 are right."""
+    part = path.with_name(path.name + ".part")
+    have = part.stat().st_size if part.exists() else 0
+    if have < size:
+        wanted = {**headers, "Range": f"bytes={have}-"} if have else headers
+        with requests.get(url, headers=wanted, stream=True, timeout=60) as response:
+            response.raise_for_status()
+            have = have if response.status_code == 206 else 0
+            with open(part, "r+b" if have else "wb") as out:
+                out.seek(have)
+                for chunk in response.iter_content(1 << 15):
+                    have += out.write(chunk)
+                    if sys.stderr.isatty():
+                        print(f"\r{path.name}: {have / 1e6:.0f} of {size / 1e6:.0f} MB", end="", file=sys.stderr)
+        if sys.stderr.isatty():
+            print(file=sys.stderr)
+    digest = hashlib.sha256()
+    with open(part, "rb") as downloaded:
+        while chunk := downloaded.read(1 << 20):
+            digest.update(chunk)
+    if have != size or sha256 not in (None, digest.hexdigest()):
+        part.unlink()
+        raise OSError(f"the size or sha256 of {url} is not what the hub announces; start again to fetch it anew")
+    part.replace(path)
 
 
 # Generation

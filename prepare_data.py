@@ -201,19 +201,21 @@ Position = tuple[int, int]  # of a unit: its file, and its number in that file
 
 
 def tokenize_in_order(
-    units: Iterator[tuple[Position, Unit]], tokenizer_name: str, workers: int
+    units: Iterator[tuple[Position, Unit | None]], tokenizer_name: str, workers: int
 ) -> Iterator[tuple[Position, np.ndarray, int]]:
-    """`tokenize_unit` of every unit, in order, by `workers` processes that are at most two units each ahead."""
+    """`tokenize_unit` of every unit, in order, by `workers` processes that are at most two units each ahead. None among
+    the units: those before it are finished before the next is asked for."""
     if workers == 1:
-        yield from ((position, *tokenize_unit(unit, tokenizer_name)) for position, unit in units)
+        yield from ((position, *tokenize_unit(unit, tokenizer_name)) for position, unit in units if unit)
         return
     context = multiprocessing.get_context("spawn")  # fork is not safe once a download thread runs
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker)
     pending: deque[tuple[Position, Future]] = deque()
     try:
         for position, unit in units:
-            pending.append((position, pool.submit(tokenize_unit, unit, tokenizer_name)))
-            if len(pending) >= 2 * workers:
+            if unit:
+                pending.append((position, pool.submit(tokenize_unit, unit, tokenizer_name)))
+            while len(pending) >= (2 * workers if unit else 1):
                 position, future = pending.popleft()
                 yield position, *future.result()
         for position, future in pending:
@@ -417,7 +419,7 @@ def _download_rest(file: RawFile, part: Path, have: int, received: Callable[[int
             resumed = response.headers.get("Content-Range", "").startswith(f"bytes {have}-")
             with open(part, "r+b" if have and resumed else "wb") as out:
                 out.seek(have if resumed else 0)
-                for chunk in response.iter_content(BLOCK_BYTES):
+                for chunk in response.iter_content(1 << 15):
                     out.write(chunk)
                     received(len(chunk))
     except requests.RequestException as error:
@@ -451,11 +453,16 @@ def demo_file(path: Path) -> RawFile:
 
 
 def fetch_in_order(
-    files: list[RawFile], first: int, raw: Path, wanted: Callable[[int], bool], received: Callable[[int], None]
+    files: list[RawFile],
+    first: int,
+    raw: Path,
+    keep_raw: bool,
+    wanted: Callable[[int], bool],
+    received: Callable[[int], None],
 ) -> Iterator[tuple[int, Path]]:
     """
     The index and local path of each file from `first` on. While one is in use, the one after it is fetched to `raw`,
-    if `wanted(its index)`; a fetched file is removed once its successor is asked for.
+    if `wanted(its index)`; a fetched file is removed, unless `keep_raw`, once its successor is asked for.
     """
     no_longer = threading.Event()
 
@@ -480,7 +487,8 @@ def fetch_in_order(
                 path = current.result()
                 ahead = start(index + 1) if index + 1 < len(files) and wanted(index + 1) else None
                 yield index, path
-                path.unlink()
+                if not keep_raw:
+                    path.unlink()
         finally:
             no_longer.set()
 
@@ -579,7 +587,7 @@ def read_progress(path: Path, settings: dict) -> dict | None:
     return progress
 
 
-def prepare(settings: dict, out: Path, inputs: list[str], workers: int) -> dict:
+def prepare(settings: dict, out: Path, inputs: list[str], workers: int, keep_raw: bool) -> dict:
     """Prepare `out` as `settings` say, or go on with it; returns the content of its meta.json."""
     if meta := read_progress(out / "meta.json", settings):
         print(f"{out} is already prepared")
@@ -618,11 +626,13 @@ def prepare(settings: dict, out: Path, inputs: list[str], workers: int) -> dict:
     def wanted(index: int) -> bool:  # a byte of FineWeb's Parquet holds at least 0.3 tokens
         return 0.3 * sum(file.size for file in files[:index]) < (settings["max_tokens"] or sys.maxsize)
 
-    def units() -> Iterator[tuple[Position, Unit]]:
-        for index, path in fetch_in_order(files, first_file, raw, wanted, received):
+    def units() -> Iterator[tuple[Position, Unit | None]]:
+        for index, path in fetch_in_order(files, first_file, raw, keep_raw, wanted, received):
             for number, unit in enumerate(units_of(path)):
                 if (index, number) >= (first_file, first_unit):
                     yield (index, number), unit
+            if files[index].url:  # it will be removed now
+                yield (index, number), None
 
     def stream() -> Iterator[tuple[Position, np.ndarray]]:
         nonlocal replaced
@@ -647,7 +657,8 @@ def prepare(settings: dict, out: Path, inputs: list[str], workers: int) -> dict:
     }
     write_atomically(out / "meta.json", meta)
     (out / "progress.json").unlink()
-    shutil.rmtree(raw, ignore_errors=True)
+    if not keep_raw:
+        shutil.rmtree(raw, ignore_errors=True)
     return meta
 
 
@@ -672,12 +683,13 @@ def main() -> None:
     parser.add_argument("--val-tokens", type=count, help="tokens for validation (default: 100M, of own text a tenth)")
     parser.add_argument("--max-tokens", type=count, help="prepare just so many, validation included (default: all)")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (default: one a core)")
+    parser.add_argument("--keep-raw", action="store_true", help="keep the fetched files, in the directory's raw/")
     args = parser.parse_args()
     if args.workers < 1 or not 1 <= args.shard_tokens < 2**31:
         parser.error("--workers must be at least 1, and --shard-tokens from 1 to 2^31 - 1")
     try:
         settings, out = choose_settings(args)
-        meta = prepare(settings, out, args.input or [], args.workers)
+        meta = prepare(settings, out, args.input or [], args.workers, args.keep_raw)
     except KeyboardInterrupt:
         sys.exit("\nprepare_data.py: interrupted; the same command goes on after the last whole shard")
     except (ValueError, OSError) as error:

@@ -110,7 +110,19 @@ PRESETS = {
 BETAS = (0.9, 0.95)
 POSITIVE = ["sequence_length", "micro_batch_size", "total_batch_tokens", "steps", "eval_tokens", "log_every"]
 # What a checkpoint and the command line must agree on, since it decides what is computed.
-FIXED_OPTIONS = ["model", "seed", "sequence_length", "total_batch_tokens", "steps", "warmup_steps", "max_lr", "min_lr", "weight_decay", "grad_clip", "dropout"]
+FIXED_OPTIONS = [
+    "model",
+    "seed",
+    "sequence_length",
+    "total_batch_tokens",
+    "steps",
+    "warmup_steps",
+    "max_lr",
+    "min_lr",
+    "weight_decay",
+    "grad_clip",
+    "dropout",
+]
 
 
 def parse_args(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> TrainConfig:
@@ -146,8 +158,6 @@ def check_config(config: TrainConfig, world_size: int) -> None:
         raise ValueError(f"--seed must be below 2^32, not {config.seed}")
     if config.dropout >= 1:
         raise ValueError(f"--dropout must be below 1, not {config.dropout}")
-    if config.warmup_steps > config.steps:
-        raise ValueError(f"--warmup-steps ({config.warmup_steps}) must not be more than --steps ({config.steps})")
     if config.min_lr > config.max_lr:
         raise ValueError(f"--min-lr ({config.min_lr}) must not be more than --max-lr ({config.max_lr})")
     piece = config.sequence_length * config.micro_batch_size * world_size
@@ -611,7 +621,7 @@ def train(config: TrainConfig) -> None:
                 say(f"step {step} | checkpoint {path}")
             since += time.perf_counter() - pause  # what is not training is not in its rate
     if main_process:
-        say(f"trained {config.steps} steps; sample from the model with: python sample.py --model {path}")
+        say(f"{config.steps} steps done; sample from the model with: python sample.py --model {checkpoints(out)[-1]}")
 
 
 def say(text: str) -> None:

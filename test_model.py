@@ -1,0 +1,913 @@
+"""
+What this project promises, one test each; the six laws come first in their section and carry the law's name.
+
+    python -m pytest
+
+Everything here is real: files in a temporary directory, processes that are killed, servers on localhost. No network, no GPU.
+"""
+
+import gzip
+import hashlib
+import http.server
+import itertools
+import json
+import math
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import tiktoken
+import torch
+import torch.nn.functional as F
+from safetensors.numpy import load_file as load_numpy
+from safetensors.numpy import save_file as save_numpy
+
+import model as model_module
+import prepare_data
+import sample
+import train
+from model import GPT, MODEL_SIZES, GPTConfig, generate, load_model, save_model
+
+ROOT = Path(__file__).parent
+TINY = GPTConfig(block_size=16, vocab_size=61, n_layer=2, n_head=2, n_embd=32)
+CPU = torch.device("cpu")
+TIMEOUT = 120  # seconds for any one process; none comes near
+
+
+def random_model(config: GPTConfig = TINY, seed: int = 0) -> GPT:
+    """A model whose every parameter matters: weights, biases and norms far from their initial values."""
+    torch.manual_seed(seed)
+    model = GPT(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.add_(torch.randn_like(parameter) * (0.1 if "ln_" in name else 0.3))
+    return model.eval()
+
+
+def run(*command: object, status: int = 0, cwd: Path | None = None, **env: str) -> subprocess.CompletedProcess:
+    """A script, or torchrun, as a user starts it. One thread each, so that the rounding of sums does not depend on load."""
+    name, *rest = (str(part) for part in command)
+    start = ["-m", "torch.distributed.run", *rest] if name == "torchrun" else [str(ROOT / name), *rest]
+    done = subprocess.run(
+        [sys.executable, *start],
+        cwd=cwd,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **env},
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT,
+    )
+    assert done.returncode == status, f"{command} ended with {done.returncode}\n{done.stdout}\n{done.stderr}"
+    return done
+
+
+def one_line(done: subprocess.CompletedProcess) -> str:
+    """The standard error of a command that failed, which must be a single line."""
+    lines = done.stderr.strip().splitlines()
+    assert len(lines) == 1 and "Traceback" not in done.stderr, done.stderr
+    return lines[0]
+
+
+# The model
+
+
+def numpy_gpt2(directory: Path, tokens: np.ndarray) -> np.ndarray:
+    """GPT-2's forward pass in float64, from the published description and the published layout: (B, T) -> (B, T, V)."""
+    weights = {name: array.astype(np.float64) for name, array in load_numpy(directory / "model.safetensors").items()}
+    config = json.loads((directory / "config.json").read_text())
+    B, T = tokens.shape
+    C, heads = config["n_embd"], config["n_head"]
+
+    def linear(x: np.ndarray, name: str) -> np.ndarray:
+        return x @ weights[f"{name}.weight"] + weights[f"{name}.bias"]
+
+    def layer_norm(x: np.ndarray, name: str) -> np.ndarray:
+        centered = x - x.mean(-1, keepdims=True)
+        normal = centered / np.sqrt((centered**2).mean(-1, keepdims=True) + 1e-5)
+        return normal * weights[f"{name}.weight"] + weights[f"{name}.bias"]
+
+    x = weights["transformer.wte.weight"][tokens] + weights["transformer.wpe.weight"][:T]
+    future = np.triu(np.ones((T, T), dtype=bool), k=1)
+    for layer in range(config["n_layer"]):
+        name = f"transformer.h.{layer}"
+        qkv = linear(layer_norm(x, f"{name}.ln_1"), f"{name}.attn.c_attn")
+        q, k, v = (part.reshape(B, T, heads, -1).swapaxes(1, 2) for part in np.split(qkv, 3, axis=-1))
+        scores = np.where(future, -np.inf, q @ k.swapaxes(-1, -2) / np.sqrt(C // heads))
+        scores = np.exp(scores - scores.max(-1, keepdims=True))
+        mixed = (scores / scores.sum(-1, keepdims=True)) @ v
+        x = x + linear(mixed.swapaxes(1, 2).reshape(B, T, C), f"{name}.attn.c_proj")
+        h = linear(layer_norm(x, f"{name}.ln_2"), f"{name}.mlp.c_fc")
+        h = 0.5 * h * (1 + np.tanh(np.sqrt(2 / np.pi) * (h + 0.044715 * h**3)))
+        x = x + linear(h, f"{name}.mlp.c_proj")
+    return layer_norm(x, "transformer.ln_f") @ weights["transformer.wte.weight"].T
+
+
+def test_law_1_parity_with_a_numpy_gpt2(tmp_path: Path) -> None:
+    model = random_model()
+    save_model(model, tmp_path)
+    tokens = torch.randint(61, (3, 16))
+    reference = numpy_gpt2(tmp_path, tokens.numpy())
+    assert np.abs(reference).max() > 5  # far from what an untrained model says
+    for candidate in (model, load_model(tmp_path)):
+        np.testing.assert_allclose(candidate(tokens).detach().numpy(), reference, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [("gpt2", 124_439_808), ("gpt2-medium", 354_823_168), ("gpt2-large", 774_030_080), ("gpt2-xl", 1_557_611_200)],
+)
+def test_parameter_count_is_that_of_the_release(name: str, count: int) -> None:
+    with torch.device("meta"):
+        assert model_module.parameter_count(GPT(MODEL_SIZES[name])) == count
+
+
+def test_flops_per_token_is_what_pytorch_counts() -> None:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    config = replace(TINY, block_size=16, vocab_size=128)  # no padding, which would be counted too
+    tokens = torch.randint(128, (1, 17))
+    with FlopCounterMode(display=False) as counter, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        GPT(config)(tokens[:, :-1], tokens[:, 1:]).backward()
+    assert counter.get_total_flops() == pytest.approx(16 * model_module.flops_per_token(config), rel=1e-6)
+
+
+def test_loss_is_over_exactly_the_vocabulary_and_leaves_out_minus_one() -> None:
+    model = random_model()
+    with torch.no_grad():
+        model.transformer.wte.weight[61:] = 100.0  # padding that would dominate any softmax it had a part in
+    tokens, targets = torch.randint(61, (2, 16)), torch.randint(61, (2, 16))
+    targets[0, 3:], targets[1, 0] = -1, -1
+    assert model(tokens).shape == (2, 16, 61)
+    logits = model(tokens).detach().double().numpy()
+    log_probs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    kept = targets.numpy() != -1
+    picked = np.take_along_axis(log_probs, targets.numpy().clip(0)[..., None], -1)[..., 0]
+    loss = model(tokens, targets)
+    assert loss.shape == () and float(loss) == pytest.approx(-picked[kept].mean(), rel=1e-5)
+    loss.backward()
+    assert model.transformer.wte.weight.grad[61:].abs().max() == 0
+    assert model.transformer.wte.weight.grad[:61].abs().max() > 0
+
+
+def test_weights_start_as_in_the_paper() -> None:
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(block_size=64, vocab_size=300, n_layer=8, n_head=4, n_embd=128))
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias") or ".ln_" in name:
+            expected_std, expected_mean = 0.0, 0.0 if name.endswith("bias") else 1.0
+        else:
+            expected_std, expected_mean = 0.02 / (4 if name.endswith("c_proj.weight") else 1), 0.0  # sqrt(2 * 8) = 4
+        values = parameter[:300] if "wte" in name else parameter
+        assert float(values.std()) == pytest.approx(expected_std, rel=0.05), name
+        assert float(values.mean()) == pytest.approx(expected_mean, abs=1e-3), name
+    loss = model(torch.randint(300, (4, 64)), torch.randint(300, (4, 64)))
+    assert float(loss) == pytest.approx(math.log(300), rel=0.02)
+
+
+def test_dropout_is_on_in_training_only() -> None:
+    model = GPT(replace(TINY, dropout=0.5))
+    tokens = torch.randint(61, (1, 8))
+    assert not torch.equal(model(tokens), model(tokens))
+    model.eval()
+    assert torch.equal(model(tokens), model(tokens))
+
+
+def test_optimizer_decays_matrices_only_and_is_fused() -> None:
+    model = GPT(TINY)
+    optimizer = model_module.configure_optimizer(model, 1e-3, 0.1, (0.9, 0.95))
+    decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    for name, parameter in model.named_parameters():
+        assert decay[id(parameter)] == (0.1 if name.endswith("weight") and "ln_" not in name else 0.0), name
+    assert all(group["fused"] and group["betas"] == (0.9, 0.95) for group in optimizer.param_groups)
+
+
+def test_saved_model_is_in_the_hubs_layout_and_loads_bit_for_bit(tmp_path: Path) -> None:
+    model = random_model()
+    save_model(model, tmp_path / "ours", "byte")
+    stored = load_numpy(tmp_path / "ours" / "model.safetensors")
+    assert stored["transformer.wte.weight"].shape == (61, 32)  # no padding
+    assert stored["transformer.h.0.mlp.c_fc.weight"].shape == (32, 128)  # (in, out), as OpenAI has it
+    assert not [name for name in stored if "_orig_mod" in name or "lm_head" in name]
+    assert model_module.model_tokenizer(tmp_path / "ours") == "byte"
+    # The hub's gpt2 has no prefix and carries attention masks; newer files repeat the shared matrix.
+    (tmp_path / "hub").mkdir()
+    hub = {name.removeprefix("transformer."): array for name, array in stored.items()}
+    hub["h.0.attn.bias"] = np.tril(np.ones((1, 1, 16, 16), dtype=np.float32))
+    hub["lm_head.weight"] = stored["transformer.wte.weight"].copy()
+    save_numpy(hub, tmp_path / "hub" / "model.safetensors")
+    config = json.loads((tmp_path / "ours" / "config.json").read_text())
+    del config["tokenizer"]
+    (tmp_path / "hub" / "config.json").write_text(json.dumps(config))
+    for directory, tokenizer in (("ours", "byte"), ("hub", "gpt2")):
+        loaded = load_model(tmp_path / directory)
+        assert loaded.config == TINY and model_module.model_tokenizer(tmp_path / directory) == tokenizer
+        assert not loaded.training and all(p.requires_grad for p in loaded.parameters())
+        for name, parameter in model.state_dict().items():
+            rows = 61 if "wte" in name else None
+            assert torch.equal(loaded.state_dict()[name][:rows], parameter[:rows]), name
+
+
+def test_model_that_is_not_one_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="nowhere is not a model: there is no such directory"):
+        load_model("nowhere")
+    save_model(random_model(), tmp_path)
+    weights, config = (tmp_path / "model.safetensors").read_bytes(), (tmp_path / "config.json").read_text()
+    for broken in (weights[:-100], b"", b"x" * 5000):
+        (tmp_path / "model.safetensors").write_bytes(broken)
+        with pytest.raises(ValueError, match="damaged or not a safetensors file"):
+            load_model(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(weights)
+    for wrong, message in [
+        ('"gelu_new"', "activation_function"),
+        ('"gpt2"', "model_type"),
+        ('"n_embd": 32', "not as in config.json"),
+        ('"n_layer": 2', "has no transformer.h.2"),
+        ('"n_head"', "n_head"),
+    ]:
+        replacement = {'"n_embd": 32': '"n_embd": 64', '"n_layer": 2': '"n_layer": 3'}.get(wrong, '"other"')
+        (tmp_path / "config.json").write_text(config.replace(wrong, replacement))
+        with pytest.raises(ValueError, match=message):
+            load_model(tmp_path)
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(FileNotFoundError, match="it has no model"):
+        load_model(tmp_path)
+
+
+# Generation
+
+
+def greedy_without_cache(model: GPT, tokens: torch.Tensor, count: int) -> torch.Tensor:
+    """The definition: read the whole context for each token, and go on from its last half when it is full."""
+    context, new = tokens, []
+    for _ in range(count):
+        new.append(model(context)[:, -1].argmax(-1))
+        if context.size(1) == model.config.block_size:
+            context = context[:, -(model.config.block_size // 2) :]
+        context = torch.cat([context, new[-1][:, None]], dim=1)
+    return torch.stack(new, dim=1)
+
+
+@pytest.mark.parametrize(("batch", "prompt"), [(1, 1), (1, 16), (3, 5)])
+def test_law_4_cache_changes_no_token(batch: int, prompt: int) -> None:
+    model = random_model()
+    tokens = torch.randint(61, (batch, prompt))
+    cached = torch.stack(list(generate(model, tokens, 60, temperature=0)), dim=1)  # three times past the context
+    assert torch.equal(cached, greedy_without_cache(model, tokens, 60))
+    assert len(cached.unique()) > 5
+
+
+def test_generation_depends_on_the_seed_alone() -> None:
+    model, tokens = random_model(replace(TINY, dropout=0.5)).train(), torch.tensor([[1, 2], [1, 2]])
+
+    def text(seed: int) -> torch.Tensor:
+        return torch.stack(list(generate(model, tokens, 30, generator=torch.Generator().manual_seed(seed))))
+
+    assert torch.equal(text(1), text(1)) and not torch.equal(text(1), text(2))
+    assert model.training  # as it was, though dropout was off meanwhile
+    assert not torch.equal(text(1)[:, 0], text(1)[:, 1])  # the rows of a batch are independent draws
+
+
+def test_probabilities_are_those_of_the_definition() -> None:
+    rng = np.random.default_rng(0)
+    for temperature, top_k, top_p in [
+        (1.0, None, None),
+        (0.7, 5, None),
+        (1.3, None, 0.6),
+        (0.9, 8, 0.5),
+        (1.0, 99, 1.0),
+    ]:
+        logits = rng.normal(size=(20, 30)) * 2
+        wanted = np.exp(logits / temperature)
+        for row in wanted:
+            order = np.argsort(-row)
+            row[order[top_k or 30 :]] = 0
+            row /= row.sum()
+            if top_p is not None:
+                size = 1 + int(np.argmax(np.cumsum(row[order]) >= top_p - 1e-12))  # the smallest set that reaches top_p
+                row[order[size:]] = 0
+                row /= row.sum()
+        got = model_module.probabilities(torch.from_numpy(logits), temperature, top_k, top_p)
+        np.testing.assert_allclose(got.numpy(), wanted, rtol=1e-4, atol=1e-7)
+
+
+def test_draws_follow_the_probabilities() -> None:
+    logits = torch.tensor([1.0, 0.0, -1.0, 2.0]).expand(200_000, 4)
+    draws = model_module.sample_token(logits, 1.0, None, None, torch.Generator().manual_seed(0))
+    frequency = torch.bincount(draws, minlength=4) / len(draws)
+    assert torch.allclose(frequency, logits[0].softmax(-1), atol=0.005)  # four standard errors
+    assert torch.equal(model_module.sample_token(logits[:3], temperature=0), torch.tensor([3, 3, 3]))
+
+
+def test_generation_stops_when_every_row_has_drawn_the_stop_token() -> None:
+    model, tokens = random_model(), torch.randint(61, (2, 4), generator=torch.Generator().manual_seed(3))
+    free = torch.stack(list(generate(model, tokens, 15, temperature=0)), dim=1)
+    stop = int(free[0, 3])
+    rows = torch.stack(list(generate(model, tokens, 15, temperature=0, stop_token=stop)), dim=1)
+    for row, expected in zip(rows, free, strict=True):
+        seen = (expected == stop).nonzero().flatten()
+        end = int(seen[0]) if len(seen) else 14
+        assert torch.equal(row[: end + 1], expected[: rows.size(1)][: end + 1]) and (row[end + 1 :] == stop).all()
+    for bad in ({"temperature": -1}, {"top_k": 0}, {"top_p": 0.0}):
+        with pytest.raises(ValueError, match="temperature must be"):
+            next(generate(model, tokens, 1, **bad))
+    for length in (0, 17):
+        with pytest.raises(ValueError, match=f"1 to 16 tokens.*not {length}"):
+            next(generate(model, torch.zeros(1, length, dtype=torch.int64), 1))
+
+
+# A server on localhost that behaves as it is told
+
+
+class Site(NamedTuple):
+    """What a test server serves (path -> content), how it misbehaves, one word for each request to come, and the log."""
+
+    url: str
+    content: dict[str, bytes]
+    faults: list[str]
+    requests: list[tuple[str, dict[str, str]]]
+
+
+@pytest.fixture
+def site() -> Iterator[Site]:
+    content, faults, log = {}, [], []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            log.append((self.path, dict(self.headers)))
+            fault = faults.pop(0) if faults else ""
+            body = content.get(self.path)
+            if body is None or fault in ("503", "429"):
+                self.send_response(int(fault) if body is not None else 404)
+                self.send_header("Retry-After", "0")
+                self.send_header("Content-Length", "0")
+                self.end_headers()
+                return
+            start = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
+            first = int(start[1]) if start and fault != "ignore range" else 0
+            self.send_response(206 if first else 200)
+            if first:
+                self.send_header("Content-Range", f"bytes {first}-{len(body) - 1}/{len(body)}")
+            if next_page := content.get(self.path + " next"):
+                self.send_header("Link", f'<{next_page.decode()}>; rel="next"')
+            self.send_header("Content-Length", str(len(body) - first))
+            self.end_headers()
+            part = body[first:] if fault != "lie" else bytes(len(body) - first)
+            self.wfile.write(part[: len(part) // 2] if fault == "drop" else part)
+            self.close_connection = True
+
+        def log_message(self, *args: object) -> None:
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield Site(f"http://127.0.0.1:{server.server_port}", content, faults, log)
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def test_openai_weights_are_fetched_once_and_checked(
+    site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", site.url)
+    monkeypatch.setenv("HF_TOKEN", "secret")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    model = random_model()
+    save_model(model, tmp_path / "hub")
+    listing = []
+    for name in ("config.json", "model.safetensors"):
+        data = (tmp_path / "hub" / name).read_bytes()
+        lfs = {"lfs": {"oid": hashlib.sha256(data).hexdigest()}} if name == "model.safetensors" else {}
+        listing.append({"path": name, "size": len(data), **lfs})
+        site.content[f"/openai-community/gpt2/resolve/main/{name}"] = data
+    site.content["/api/models/openai-community/gpt2/tree/main"] = json.dumps(listing).encode()
+
+    site.faults[:] = ["", "", "drop"]
+    with pytest.raises(OSError, match="gpt2 could not be fetched"):
+        load_model("gpt2")
+    site.requests.clear()
+    assert torch.equal(load_model("gpt2")(torch.arange(16)[None]), model(torch.arange(16)[None]))
+    resumed = [headers for path, headers in site.requests if path.endswith("model.safetensors")]
+    assert len(resumed) == 1 and int(resumed[0]["Range"].removeprefix("bytes=").rstrip("-")) > 0
+    assert all(headers["Authorization"] == "Bearer secret" for _, headers in site.requests)
+    site.requests.clear()
+    load_model("gpt2")
+    assert not site.requests  # from the cache
+
+    shutil.rmtree(tmp_path / "cache")
+    site.faults[:] = ["", "", "lie"]
+    with pytest.raises(OSError, match="sha256"):
+        load_model("gpt2")
+    load_model("gpt2")  # what was wrong is not kept
+
+
+# Preparing data
+
+
+def read_shards(directory: Path, split: str) -> np.ndarray:
+    """All tokens of a split, read by the format's description: 256 int32 of header, then uint16."""
+    pieces = []
+    for path in sorted(directory.glob(f"{split}_*.bin")):
+        header = np.fromfile(path, dtype="<i4", count=256)
+        assert (header[:2] == [20240520, 1]).all() and not header[3:].any()
+        pieces.append(np.fromfile(path, dtype="<u2", offset=1024))
+        assert len(pieces[-1]) == header[2]
+    return np.concatenate(pieces) if pieces else np.empty(0, dtype=np.uint16)
+
+
+def documents(count: int = 400) -> list[str]:
+    """Texts of many lengths, with everything in them that a tokenizer could stumble over."""
+    rng = np.random.default_rng(0)
+    words = ["the", "Ünïcödé", "日本語", "🙂", "\n\n", "  ", "<|endoftext|>", "a\r\nb", "don't", "1234", "\t"]
+    return [" ".join(rng.choice(words, size=int(rng.integers(1, 200)))) for _ in range(count)]
+
+
+def write_jsonl(path: Path, texts: list[str]) -> Path:
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+    return path
+
+
+def prepare(out: Path, *options: object, status: int = 0, **env: str) -> subprocess.CompletedProcess:
+    return run("prepare_data.py", "--out", out, "--tokenizer", "byte", *options, status=status, **env)
+
+
+def byte_tokens(texts: list[str]) -> np.ndarray:
+    """What the byte tokenizer must make of documents: 256, then the bytes of the text."""
+    return np.concatenate([np.array([256, *text.encode()], dtype=np.uint16) for text in texts])
+
+
+def test_every_format_gives_the_tokens_of_its_texts(tmp_path: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    texts = documents()
+    write_jsonl(tmp_path / "a.jsonl", [*texts[:50], "", *texts[50:]])
+    with gzip.open(tmp_path / "b.jsonl.gz", "wb") as file:
+        file.write((tmp_path / "a.jsonl").read_bytes() + b'\n{"text": null}\n')
+    table = pyarrow.table({"id": range(401), "text": [*texts, None]})
+    pyarrow.parquet.write_table(table, tmp_path / "c.parquet", row_group_size=30)
+    (tmp_path / "d.txt").write_bytes("".join(texts).encode())
+    expected = byte_tokens(texts)
+    for name in ("a.jsonl", "b.jsonl.gz", "c.parquet", "d.txt"):
+        out = tmp_path / name.split(".")[0]
+        prepare(out, "--input", tmp_path / name, "--shard-tokens", "50k", "--val-tokens", "10k", "--workers", 2)
+        if name == "d.txt":
+            expected = byte_tokens(["".join(texts)])
+        val, training = read_shards(out, "val"), read_shards(out, "train")
+        assert len(val) == 10_000 and np.array_equal(np.concatenate([val, training]), expected)
+        meta = json.loads((out / "meta.json").read_text())
+        assert (meta["tokenizer"], meta["vocab_size"]) == ("byte", 257)
+        for split, tokens in (("val", val), ("train", training)):
+            assert meta[split]["tokens"] == len(tokens)
+            assert meta[split]["documents"] == (tokens == 256).sum()
+            assert meta[split]["bytes"] == (tokens != 256).sum()
+        assert sorted(path.name for path in out.iterdir())[:2] == ["meta.json", "train_000000.bin"]  # nothing left over
+
+
+def test_long_text_is_cut_where_gpt2s_tokenizer_cuts() -> None:
+    """With GPT-2's own pattern, and every pair of the text's bytes as a token so that a wrong cut would show."""
+    pattern = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
+    text = "".join(documents(60)).encode()
+    pairs = sorted({text[i : i + 2] for i in range(len(text) - 1)})
+    ranks = {bytes([i]): i for i in range(256)} | {pair: 256 + i for i, pair in enumerate(pairs)}
+    tokenizer = tiktoken.Encoding("pairs", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
+    whole = tokenizer.encode_ordinary(text.decode())
+    cuts = 0
+    for end in range(100, len(text), 397):
+        if cut := prepare_data._last_seam(text[:end]):
+            first, second = text[:cut].decode(), text[cut:].decode()
+            assert tokenizer.encode_ordinary(first) + tokenizer.encode_ordinary(second) == whole
+            cuts += 1
+    assert cuts > 50
+
+
+def test_law_5_shards_do_not_depend_on_workers_or_on_kills(tmp_path: Path) -> None:
+    source = write_jsonl(tmp_path / "a.jsonl", documents() * 40)
+    options = ["--input", source, "--shard-tokens", "30k", "--val-tokens", "50k"]
+    for workers in (1, 3):
+        prepare(tmp_path / str(workers), *options, "--workers", workers)
+    command = [sys.executable, ROOT / "prepare_data.py", "--out", tmp_path / "killed", "--tokenizer", "byte", *options]
+    kills, wanted = 0, 2
+    deadline = time.monotonic() + TIMEOUT
+    while not (tmp_path / "killed" / "meta.json").exists() and time.monotonic() < deadline:
+        process = subprocess.Popen([str(part) for part in [*command, "--workers", 2]], stdout=subprocess.DEVNULL)
+        # Kill it when it has come some shards further than before; the run after the last kill goes to the end.
+        while kills < wanted and process.poll() is None and time.monotonic() < deadline:
+            if len(list((tmp_path / "killed").glob("train_*.bin"))) >= 10 + 50 * kills:
+                process.kill()
+                kills += 1
+                break
+        process.wait(timeout=TIMEOUT)
+    assert kills == wanted
+    names = sorted(path.name for path in (tmp_path / "1").iterdir())
+    assert len(names) > 20
+    for other in ("3", "killed"):
+        assert sorted(path.name for path in (tmp_path / other).iterdir()) == names
+        for name in names:
+            assert (tmp_path / other / name).read_bytes() == (tmp_path / "1" / name).read_bytes(), (other, name)
+
+
+def test_a_finished_directory_is_left_alone_and_other_settings_are_refused(tmp_path: Path) -> None:
+    source = write_jsonl(tmp_path / "a.jsonl", documents())
+    prepare(tmp_path / "out", "--input", source, "--max-tokens", "50k")
+    assert len(read_shards(tmp_path / "out", "train")) == 45_000 and len(read_shards(tmp_path / "out", "val")) == 5_000
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
+    assert "already prepared" in prepare(tmp_path / "out", "--input", source, "--max-tokens", "50k").stdout
+    message = one_line(prepare(tmp_path / "out", "--input", source, "--max-tokens", "60k", status=1))
+    assert "max_tokens was 50000 and is now 60000" in message
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()} == before
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "train_000000.bin").write_bytes(b"not ours")
+    assert "not prepared by this script" in one_line(prepare(tmp_path / "foreign", "--input", source, status=1))
+
+
+def test_bad_text_is_named_in_one_line(tmp_path: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    pyarrow.parquet.write_table(pyarrow.table({"body": ["a"]}), tmp_path / "column.parquet")
+    pyarrow.parquet.write_table(pyarrow.table({"text": documents()}), tmp_path / "whole.parquet")
+    (tmp_path / "cut.parquet").write_bytes((tmp_path / "whole.parquet").read_bytes()[:-20])
+    (tmp_path / "line.jsonl").write_text('{"text": "good"}\n\n{"text": "cut\n')
+    (tmp_path / "number.jsonl").write_text('{"text": 7}\n')
+    (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress(b'{"text": "a"}\n' * 100)[:-10])
+    (tmp_path / "empty.txt").write_bytes(b"")
+    (tmp_path / "text.doc").write_bytes(b"?")
+    for name, said in [
+        ("column.parquet", "column.parquet has no column named text; it has body"),
+        ("cut.parquet", "cut.parquet is damaged or not a Parquet file"),
+        ("line.jsonl", "line.jsonl, line 3"),
+        ("number.jsonl", "number.jsonl, line 1"),
+        ("cut.jsonl.gz", "cut.jsonl.gz is damaged"),
+        ("empty.txt", "lower --val-tokens"),
+        ("text.doc", "text.doc: the format is not known"),
+        ("none.txt", "there is no file"),
+    ]:
+        message = one_line(prepare(tmp_path / f"out-{name}", "--input", tmp_path / name, status=1))
+        assert said in message and message.startswith("prepare_data.py: error: "), message
+    for options in (["--max-tokens", "many"], ["--workers", "0"], ["--shard-tokens", "0"], ["--source", "books"]):
+        one_line(prepare(tmp_path / "out", *options, status=2))
+
+
+def test_invalid_utf8_is_replaced_and_counted(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"good " + b"\xff\xfe" + " \ufffd".encode() + b" end" * 100)
+    (tmp_path / "b.jsonl").write_text('{"text": "lone \\ud800 surrogate"}\n')
+    done = prepare(tmp_path / "out", "--input", tmp_path / "a.txt", tmp_path / "b.jsonl", "--val-tokens", 6)
+    assert done.stderr == "warning: 3 places with invalid UTF-8 were replaced by U+FFFD\n"
+    tokens = read_shards(tmp_path / "out", "train")
+    text = bytes(tokens[tokens != 256].astype(np.uint8)).decode()
+    assert text == "\ufffd\ufffd \ufffd" + " end" * 100 + "lone \ufffd surrogate"
+
+
+def test_fineweb_is_fetched_from_the_hub_through_every_fault(site: Site, tmp_path: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    texts = documents(6000)
+    dataset, pages = "/datasets/HuggingFaceFW/fineweb-edu/resolve/main", []
+    for i in range(3):
+        path = tmp_path / f"{i}.parquet"
+        pyarrow.parquet.write_table(
+            pyarrow.table({"text": texts[2000 * i : 2000 * i + 2000]}), path, row_group_size=300
+        )
+        data, name = path.read_bytes(), f"sample/10BT/00{i}_00000.parquet"
+        site.content[f"{dataset}/{name}"] = data
+        pages.append({"path": name, "size": len(data), "lfs": {"oid": hashlib.sha256(data).hexdigest()}})
+    listing = "/api/datasets/HuggingFaceFW/fineweb-edu/tree/main/sample/10BT"
+    site.content[listing] = json.dumps(pages[:2]).encode()
+    site.content[f"{listing} next"] = f"{site.url}{listing}?cursor=2".encode()
+    site.content[f"{listing}?cursor=2"] = json.dumps([*pages[2:], {"path": "README.md", "size": 1}]).encode()
+    # After the two pages of the listing:
+    site.faults[:] = ["", "", "503", "429", "drop", "drop", "ignore range", "lie", "drop"]
+    prepare(tmp_path / "out", "--shard-tokens", "50k", "--val-tokens", "10k", HF_ENDPOINT=site.url, HF_TOKEN="secret")
+    tokens = np.concatenate([read_shards(tmp_path / "out", split) for split in ("val", "train")])
+    assert np.array_equal(tokens, byte_tokens(texts))
+    assert not site.faults and all(headers.get("Authorization") == "Bearer secret" for _, headers in site.requests)
+    assert any("Range" in headers for _, headers in site.requests)
+    assert not (tmp_path / "out" / "raw").exists()
+
+    site.requests.clear()  # a small amount needs the first file only
+    prepare(tmp_path / "small", "--max-tokens", "20k", HF_ENDPOINT=site.url)
+    assert [path for path, _ in site.requests if path.endswith(".parquet")] == [f"{dataset}/{pages[0]['path']}"]
+
+    site.faults[:] = ["", "", "lie", "lie"]
+    message = one_line(prepare(tmp_path / "lied to", HF_ENDPOINT=site.url, status=1))
+    assert "000_00000.parquet was fetched twice, and both times its size or sha256" in message
+    message = one_line(prepare(tmp_path / "nothing", HF_ENDPOINT="http://127.0.0.1:1", status=1))
+    assert "refused" in message
+
+
+# Training
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Shards of the byte tokenizer: three for training, one for validation."""
+    directory = tmp_path_factory.mktemp("data")
+    source = write_jsonl(directory / "a.jsonl", documents(120))
+    prepare(
+        directory / "shards", "--input", source, "--shard-tokens", "20k", "--val-tokens", "3k", "--max-tokens", "50k"
+    )
+    assert len(list((directory / "shards").glob("train_*.bin"))) == 3
+    return directory / "shards"
+
+
+@pytest.fixture
+def tiny_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A size of which a step takes milliseconds, for runs in this process."""
+    monkeypatch.setitem(train.MODEL_SIZES, "gpt2-tiny", GPTConfig(n_layer=2, n_head=2, n_embd=32))
+
+
+SETTINGS = {
+    "model": "gpt2-tiny", "device": "cpu", "sequence_length": 32, "micro_batch_size": 4, "total_batch_tokens": 512,
+    "steps": 6, "warmup_steps": 2, "max_lr": 1e-2, "min_lr": 1e-3, "eval_every": 3, "eval_tokens": 2000,
+    "sample_every": 0, "checkpoint_every": 3,
+}  # fmt: skip
+
+
+def run_train(shards: Path, out: Path, **changes: object) -> Path:
+    """A run in this process; its last checkpoint."""
+    train.train(replace(train.TrainConfig(), **(SETTINGS | {"data": str(shards), "out": str(out)} | changes)))
+    return train.checkpoints(out)[-1]
+
+
+def flags(data: Path, out: Path, **changes: object) -> list[str]:
+    """The command line of the same run."""
+    settings = SETTINGS | {"data": data, "out": out} | changes
+    given = []
+    for name, value in settings.items():
+        given += ["--" + name.replace("_", "-"), *([] if value is True else [str(value)])]
+    return given
+
+
+def read_log(out: Path) -> list[dict]:
+    """The lines of metrics.jsonl without the two that tell the time."""
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [{name: line[name] for name in line if name not in ("tokens_per_second", "mfu")} for line in lines]
+
+
+def weights(checkpoint: Path) -> dict[str, np.ndarray]:
+    return load_numpy(checkpoint / "model.safetensors")
+
+
+def assert_same_weights(first: Path, second: Path, tolerance: float = 0.0) -> None:
+    one, other = weights(first), weights(second)
+    assert one.keys() == other.keys()
+    for name in one:
+        if tolerance and name.endswith("c_attn.bias"):
+            # The bias of the keys shifts all scores of a query alike and has no gradient but rounding, which Adam blows up.
+            one[name], other[name] = (
+                np.delete(w[name], np.s_[len(w[name]) // 3 : len(w[name]) * 2 // 3]) for w in (one, other)
+            )
+        np.testing.assert_allclose(one[name], other[name], rtol=0, atol=tolerance, err_msg=name)
+
+
+def test_learning_rate_rises_from_zero_and_falls_as_a_cosine() -> None:
+    config = replace(train.TrainConfig(), steps=110, warmup_steps=10, max_lr=1.0, min_lr=0.1)
+    rates = [train.learning_rate(step, config) for step in range(111)]
+    assert rates[0] == 0 and rates[5] == pytest.approx(0.5) and rates[10] == 1 and rates[110] == pytest.approx(0.1)
+    assert rates[60] == pytest.approx(0.55) and rates[35] == pytest.approx(0.55 + 0.45 * math.sqrt(0.5))
+    assert all(a > b for a, b in itertools.pairwise(rates[10:]))
+
+
+def test_each_sequence_is_used_once_an_epoch_and_the_step_decides_which(data: Path) -> None:
+    config = replace(train.TrainConfig(), sequence_length=32, total_batch_tokens=32 * 100, seed=5)
+    split = train.open_split(data, "train", 32, 257)
+    shards = [np.fromfile(path, dtype="<u2", offset=1024) for path in split.paths]
+    cut = [shard[i * 32 : i * 32 + 33] for shard in shards for i in range((len(shard) - 1) // 32)]
+    total = int(split.first[-1])
+    assert len(cut) == total and np.array_equal(train.read_sequences(split, np.arange(total)), np.stack(cut))
+    stream = np.concatenate([train.batch_indices(split, config, step) for step in range(1, 2 * total // 100 + 2)])
+    first, second = stream[:total], stream[total : 2 * total]
+    assert sorted(first) == sorted(second) == list(range(total))
+    assert not np.array_equal(first, second) and not np.array_equal(first, np.sort(first))
+    assert np.array_equal(train.batch_indices(split, config, 7), stream[600:700])
+    assert not np.array_equal(train.batch_indices(split, replace(config, seed=6), 7), stream[600:700])
+    for ranks, micro_batch_size in [(1, 100), (2, 10), (4, 5), (20, 5)]:
+        parts = [
+            train.load_batch(split, replace(config, micro_batch_size=micro_batch_size), 7, train.Job(rank, ranks, CPU))
+            for rank in range(ranks)
+        ]
+        assert {part.shape for part in parts} == {(100 // ranks // micro_batch_size, micro_batch_size, 33)}
+        together = torch.stack(parts, dim=1).reshape(100, 33)
+        assert np.array_equal(together.numpy(), np.stack([cut[i] for i in stream[600:700]]))
+
+
+def test_law_2_and_6_on_one_process_and_on_two(data: Path, tmp_path: Path) -> None:
+    """However a batch is cut, the same weights come out, and the logged losses are those of the whole batch."""
+    start = tmp_path / "start"
+    save_model(random_model(GPTConfig(32, 257, 2, 2, 32)), start, "byte")
+    changes = {"init_from": start, "steps": 4, "eval_every": 2, "grad_clip": 0.5}
+    whole = run_train(data, tmp_path / "whole", **changes | {"micro_batch_size": 16})
+    pieces = run_train(data, tmp_path / "pieces", **changes | {"micro_batch_size": 2})
+    command = ["--standalone", "--nproc_per_node=2", ROOT / "train.py"]
+    run("torchrun", *command, *flags(data, tmp_path / "ranks", **changes))
+    for other in (pieces, tmp_path / "ranks" / "step_000004"):
+        assert_same_weights(whole, other, tolerance=1e-5)
+        for one, two in zip(read_log(tmp_path / "whole"), read_log(other.parent), strict=True):
+            assert one.keys() == two.keys() and one == pytest.approx(two, rel=1e-5)
+    # The losses, from their definition
+    split, model = train.open_split(data, "train", 32, 257), load_model(start)
+    config = replace(train.TrainConfig(), **SETTINGS)
+    sequences = torch.from_numpy(train.read_sequences(split, train.batch_indices(split, config, 1)))
+    log = read_log(tmp_path / "ranks")
+    assert [line["step"] for line in log] == [0, 1, 2, 2, 3, 4, 4]
+    assert log[1]["train_loss"] == pytest.approx(model(sequences[:, :-1], sequences[:, 1:]).item(), rel=1e-5)
+    sequences = torch.from_numpy(read_shards(data, "val")[: 62 * 32 + 1].astype(np.int64))  # 62: 2000 tokens, all whole
+    loss = F.cross_entropy(model(sequences[:-1].view(62, 32)).flatten(0, 1), sequences[1:])
+    assert log[0]["val_loss"] == pytest.approx(loss.item(), rel=1e-5)
+
+
+def start_ranks(ranks: int, *options: object) -> list[subprocess.Popen]:
+    """train.py in processes that find each other as torchrun's do, and that a test can kill."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    processes = []
+    for rank in range(ranks):
+        env = {**os.environ, "OMP_NUM_THREADS": "1"}
+        if ranks > 1:
+            env |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
+            env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        command = [sys.executable, str(ROOT / "train.py"), *(str(option) for option in options)]
+        processes.append(subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL))
+    return processes
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_law_3_killed_and_resumed_is_never_killed(ranks: int, data: Path, tmp_path: Path) -> None:
+    changes = {"steps": 30, "checkpoint_every": 3, "eval_every": 10, "dropout": 0.1, "total_batch_tokens": 256}
+    processes = start_ranks(ranks, *flags(data, tmp_path / "killed", **changes))
+    log, deadline = tmp_path / "killed" / "metrics.jsonl", time.monotonic() + TIMEOUT
+    while not (log.exists() and log.read_text().count("train_loss") >= 10) and time.monotonic() < deadline:
+        assert processes[0].poll() is None
+    for process in processes:
+        process.kill()
+        process.wait(timeout=TIMEOUT)
+    last = train.checkpoints(tmp_path / "killed")[-1].name
+    assert last < "step_000030"
+    name, *rest = ("train.py",) if ranks == 1 else ("torchrun", "--standalone", "--nproc_per_node=2", ROOT / "train.py")
+    resumed = run(name, *rest, *flags(data, tmp_path / "killed", **changes, resume=True))
+    assert f"going on from {tmp_path / 'killed' / last}" in resumed.stdout
+    run(name, *rest, *flags(data, tmp_path / "whole", **changes))
+    assert [path.name for path in train.checkpoints(tmp_path / "killed")] == ["step_000027", "step_000030"]
+    assert_same_weights(tmp_path / "killed" / "step_000030", tmp_path / "whole" / "step_000030")
+    paths = [tmp_path / name / "step_000030" / "trainer.pt" for name in ("killed", "whole")]
+    first, second = (torch.load(path, weights_only=True)["optimizer"]["state"] for path in paths)
+    assert first.keys() == second.keys() and len(first) > 10
+    assert all(
+        torch.equal(first[i][part], second[i][part]) for i in first for part in ("exp_avg", "exp_avg_sq", "step")
+    )
+    assert read_log(tmp_path / "killed") == read_log(tmp_path / "whole")
+    again = run(name, *rest, *flags(data, tmp_path / "killed", **changes, resume=True))  # nothing left to do
+    assert "30 steps done" in again.stdout and read_log(tmp_path / "killed") == read_log(tmp_path / "whole")
+
+
+def test_compiled_run_evaluates_samples_and_trains_the_same(data: Path, tmp_path: Path, tiny_size: None) -> None:
+    changes = {"sample_every": 3, "checkpoint_every": 0, "eval_tokens": 1990}
+    eager = run_train(data, tmp_path / "eager", **changes)
+    compiled = run_train(data, tmp_path / "compiled", **changes, compile=True)
+    assert_same_weights(eager, compiled, tolerance=1e-4)
+    for one, two in zip(read_log(tmp_path / "eager"), read_log(tmp_path / "compiled"), strict=True):
+        assert one == pytest.approx(two, rel=1e-3)
+
+
+def test_bfloat16_run_is_close_to_float32(data: Path, tmp_path: Path, tiny_size: None) -> None:
+    run_train(data, tmp_path / "float32")
+    checkpoint = run_train(data, tmp_path / "bfloat16", dtype="bfloat16")
+    assert all(array.dtype == np.float32 for array in weights(checkpoint).values())
+    losses = [[line.get("train_loss", 0) for line in read_log(tmp_path / name)] for name in ("float32", "bfloat16")]
+    assert losses[0] != losses[1] and losses[0] == pytest.approx(losses[1], abs=0.05)
+
+
+def test_fine_tuning_uses_the_given_weights_and_a_part_of_their_context(data: Path, tmp_path: Path) -> None:
+    save_model(random_model(GPTConfig(64, 257, 2, 2, 32)), tmp_path / "start", "byte")
+    checkpoint = run_train(data, tmp_path / "out", init_from=str(tmp_path / "start"), steps=2, max_lr=0.0, min_lr=0.0)
+    assert_same_weights(checkpoint, tmp_path / "start")
+    assert load_model(checkpoint).config.block_size == 64
+    done = run("train.py", *flags(data, tmp_path / "none", init_from=tmp_path / "start", eval_only=True))
+    assert (
+        f"val_loss {read_log(tmp_path / 'out')[0]['val_loss']:.4f}" in done.stdout and not (tmp_path / "none").exists()
+    )
+
+
+def test_shards_of_other_programs_are_read_and_bad_ones_are_named(data: Path, tmp_path: Path) -> None:
+    def shard(name: str, tokens: list[int], header: tuple[int, int] = (20240520, 1), count: int | None = None) -> None:
+        first = np.zeros(256, dtype="<i4")
+        first[:3] = *header, len(tokens) if count is None else count
+        (tmp_path / name).write_bytes(first.tobytes() + np.array(tokens, dtype="<u2").tobytes())
+
+    shard("fineweb_train_000001.bin", [*range(50), 50256])  # modded-nanogpt's name, no meta.json
+    assert train.read_meta(tmp_path) == ("gpt2", 50257)
+    split = train.open_split(tmp_path, "train", 10, 50257)
+    assert train.read_sequences(split, np.array([4]))[0].tolist() == [*range(40, 50), 50256]
+    with pytest.raises(ValueError, match=r"fineweb_train_000001.bin holds token 50256, outside the vocabulary of 257"):
+        train.read_sequences(split._replace(vocab_size=257), np.array([4]))
+    with pytest.raises(ValueError, match="no train shard holds a sequence of 51 tokens"):
+        train.open_split(tmp_path, "train", 51, 50257)
+    for bad, message in [
+        ({"header": (20240521, 1)}, "not a token shard"),
+        ({"header": (20240520, 2)}, "not a token shard"),
+        ({"count": 4}, "is damaged: it has 1030 bytes and should have 1032"),
+        ({"tokens": []}, "is damaged"),
+    ]:
+        shard("train_000002.bin", **{"tokens": [1, 2, 3], **bad})
+        with pytest.raises(ValueError, match=f"train_000002.bin.*{message}"):
+            train.open_split(tmp_path, "train", 10, 50257)
+    (tmp_path / "train_000002.bin").write_bytes(b"")
+    with pytest.raises(ValueError, match="not a token shard"):
+        train.open_split(tmp_path, "train", 10, 50257)
+
+
+def test_train_says_what_is_wrong_in_one_line(data: Path, tmp_path: Path, tiny_size: None) -> None:
+    out = tmp_path / "out"
+    for changes, said in [
+        ({"total_batch_tokens": 500}, "the nearest that can: 384 or 512"),
+        ({"total_batch_tokens": 100}, "the nearest that can: 128"),
+        ({"model": "gpt3"}, "there is no model size gpt3"),
+        ({"steps": 0}, "--steps must be at least 1"),
+        ({"max_lr": "nan"}, "--max-lr must be at least 0"),
+        ({"min_lr": 1}, "--min-lr (1.0) must not be more than --max-lr (0.01)"),
+        ({"dtype": "int8"}, "--dtype must be one of"),
+    ]:
+        assert said in one_line(run("train.py", *flags(data, out, **changes), status=2))
+    assert "unrecognized arguments: --stepz" in one_line(run("train.py", "--stepz", 3, status=2))
+
+    def refused(**changes: object) -> str:
+        with pytest.raises((ValueError, OSError)) as error:
+            run_train(data, out, **changes)
+        return str(error.value)
+
+    save_model(random_model(GPTConfig(16, 300, 2, 2, 32)), tmp_path / "other", "gpt2")
+    assert "--sequence-length 32 is more than the context" in refused(
+        init_from=str(save(tmp_path / "short", 16, "byte"))
+    )
+    assert "was trained with the gpt2 tokenizer" in refused(init_from=str(save(tmp_path / "other", 32, "gpt2")))
+    assert "is not a model" in refused(init_from="nothing")
+    assert "there is no data directory" in refused(data=str(tmp_path / "none"))
+    (tmp_path / "empty").mkdir()
+    assert "has no val_*.bin" in refused(data=str(tmp_path / "empty"))
+    (tmp_path / "empty" / "progress.json").touch()
+    assert "is not prepared to the end" in refused(data=str(tmp_path / "empty"))
+    assert "there is nothing to evaluate" in refused(eval_only=True)
+    assert not out.exists()  # nothing of all this left anything behind
+
+    checkpoint = run_train(data, out)
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    assert "already holds a run" in refused()
+    assert "--max-lr was 0.01 and is now 0.02; --seed" not in refused(resume=True, max_lr=0.02)
+    message = refused(resume=True, max_lr=0.02, seed=1)
+    assert "--seed was 1337 and is now 1" in message and "--max-lr was 0.01 and is now 0.02" in message
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+    (checkpoint / "trainer.pt").write_bytes(b"PK")
+    assert "trainer.pt is damaged" in refused(resume=True)
+    message = one_line(run("train.py", *flags(tmp_path / "none", tmp_path / "new"), status=1))
+    assert message.startswith("train.py: error: there is no data directory")
+
+
+def save(directory: Path, block_size: int, tokenizer: str) -> Path:
+    save_model(random_model(GPTConfig(block_size, 257, 2, 2, 32)), directory, tokenizer)
+    return directory
+
+
+# The commands, as a user gives them
+
+
+def test_characters_are_never_broken_in_the_stream() -> None:
+    tokenizer = prepare_data.get_tokenizer("byte")
+    decode = sample.make_decoder(tokenizer)
+    assert [decode(byte) for byte in "aé🙂".encode()] == ["a", "", "é", "", "", "", "🙂"]
+    assert [decode(0xF0), decode(0x9F), decode(256), decode(97)] == ["", "", "\ufffd", "a"]
+
+
+def test_demo_from_nothing_to_text(tmp_path: Path) -> None:
+    run("prepare_data.py", "--source", "demo", cwd=tmp_path)
+    trained = run("train.py", "--preset", "demo", "--steps", 12, "--sample-every", 12, "--log-every", 1, cwd=tmp_path)
+    losses = [line["train_loss"] for line in read_log(tmp_path / "out" / "demo") if "train_loss" in line]
+    assert len(losses) == 12 and losses[0] == pytest.approx(math.log(257), rel=0.03) and losses[-1] < losses[0] - 1
+    assert re.search(
+        r"step 12/12 \| loss [\d.]+ \| lr [\d.e-]+ \| norm [\d.]+ \| \d+ ms \| [\d,]+ tok/s", trained.stdout
+    )
+
+    text = run("sample.py", "--max-new-tokens", 50, cwd=tmp_path).stdout
+    assert len(text) > 10
+    assert run("sample.py", "--max-new-tokens", 50, cwd=tmp_path).stdout == text
+    assert run("sample.py", "--max-new-tokens", 50, "--seed", 1, cwd=tmp_path).stdout != text
+    several = run("sample.py", "--prompt", "The", "--num-samples", 3, "--max-new-tokens", 9, cwd=tmp_path).stdout
+    assert len(parts := several.split("-" * 80 + "\n")) == 3 and all(part.startswith("The") for part in parts)
+    long = "x" * 2000
+    assert "the prompt has 2000 tokens" in one_line(run("sample.py", "--prompt", long, cwd=tmp_path, status=1))
+    assert "--top-p above 0" in one_line(run("sample.py", "--top-p", 1.5, cwd=tmp_path, status=2))
+    (tmp_path / "elsewhere").mkdir()
+    assert "no checkpoint under out/" in one_line(run("sample.py", cwd=tmp_path / "elsewhere", status=1))
