@@ -5,9 +5,10 @@ GPT-2 as a PyTorch module, its weights in and out, and text generation with a KV
     model = load_model("out/step_019073")             # our own
     for tokens in generate(model, prompt, 100): ...   # (B,) new tokens at a time
 
-After "Language Models are Unsupervised Multitask Learners" (Radford et al., 2019). Parameter names are those of OpenAI's
-release, so that weights map one to one. Reads and writes `model.safetensors` and `config.json` in the layout that the hub
-uses for GPT-2; a directory that `save_model` wrote can be opened with `transformers.GPT2LMHeadModel.from_pretrained`.
+After "Language Models are Unsupervised Multitask Learners" (Radford et al., 2019). Parameter names are those of
+OpenAI's release, so that weights map one to one. Reads and writes `model.safetensors` and `config.json` in the layout
+that the hub uses for GPT-2; a directory that `save_model` wrote can be opened with
+`transformers.GPT2LMHeadModel.from_pretrained`.
 """
 
 import hashlib
@@ -55,7 +56,7 @@ MODEL_SIZES = {
     "gpt2-medium": GPTConfig(n_layer=24, n_head=16, n_embd=1024),  # 355M
     "gpt2-large": GPTConfig(n_layer=36, n_head=20, n_embd=1280),  # 774M
     "gpt2-xl": GPTConfig(n_layer=48, n_head=25, n_embd=1600),  # 1558M
-    "gpt2-tiny": GPTConfig(n_layer=4, n_head=4, n_embd=128),  # for a CPU; not one of OpenAI's
+    "gpt2-tiny": GPTConfig(n_layer=2, n_head=4, n_embd=256),  # for a CPU; not one of OpenAI's
 }
 
 LAYER_NORM_EPS = 1e-5
@@ -114,9 +115,9 @@ class GPT(nn.Module):
     """
     GPT-2: `model(tokens)` gives logits, `model(tokens, targets)` the mean loss alone.
 
-    One matrix, `transformer.wte.weight`, is both the token embedding and the output projection. It has a multiple of 128
-    rows, since matrix products of odd sizes are slow on GPUs; the rows past `vocab_size` are no part of the softmax, are
-    not saved and not counted.
+    One matrix, `transformer.wte.weight`, is both the token embedding and the output projection. It has a multiple of
+    128 rows, since matrix products of odd sizes are slow on GPUs; the rows past `vocab_size` are no part of the
+    softmax, are not saved and not counted.
     """
 
     def __init__(self, config: GPTConfig) -> None:
@@ -187,9 +188,10 @@ def parameter_count(model: GPT) -> int:
 
 def flops_per_token(config: GPTConfig) -> float:
     """
-    Floating-point operations per trained token, forward and backward, at the full context: 6 for each weight of a matrix
-    product (the output matrix included, position embeddings and the like not) and 12 * n_layer * n_embd * block_size for
-    attention, of which the causal half is counted too, as is the custom (appendix B of PaLM, Chowdhery et al., 2022).
+    Floating-point operations per trained token, forward and backward, at the full context: 6 for each weight of a
+    matrix product (the output matrix included, position embeddings and the like not) and 12 * n_layer * n_embd *
+    block_size for attention, of which the causal half is counted too, as is the custom (appendix B of PaLM, Chowdhery
+    et al., 2022).
     """
     weights = 12 * config.n_layer * config.n_embd**2 + config.vocab_size * config.n_embd
     return 6 * weights + 12 * config.n_layer * config.n_embd * config.block_size
@@ -279,9 +281,9 @@ def save_model(model: GPT, directory: str | Path, tokenizer: str = "gpt2") -> No
 
 def load_model(name_or_dir: str | Path, dropout: float = 0.0) -> GPT:
     """
-    The model in a directory of the hub's layout, or one of OpenAI's four by name ("gpt2", ..., fetched once), in float32
-    on the CPU and in eval mode. Raises FileNotFoundError when there is no such model, ValueError when what is there is
-    not a whole GPT-2, and OSError when a download fails.
+    The model in a directory of the hub's layout, or one of OpenAI's four by name ("gpt2", ..., fetched once), in
+    float32 on the CPU and in eval mode. Raises FileNotFoundError when there is no such model, ValueError when what is
+    there is not a whole GPT-2, and OSError when a download fails.
     """
     directory = model_directory(name_or_dir)
     described = _read_config(directory)

@@ -5,11 +5,11 @@ Text to token shards: fetch a corpus, tokenize it in parallel processes, write i
     python prepare_data.py --source demo                      # Python's own manual, without network: data/demo
     python prepare_data.py --input corpus.jsonl --out data/mine
 
-The corpus is one stream of tokens, each document behind an `<|endoftext|>`: the first --val-tokens of it are the validation
-split, the rest is for training, both cut into shards `val_000000.bin`, `train_000000.bin`, ... A shard is llm.c's: 256 int32
-of header (20240520, 1, the number of tokens, zeros), then uint16 tokens, all little endian. `meta.json`, written last, holds
-the tokenizer and what each split contains. Until then `progress.json` holds how far the whole shards reach, so that the
-same command continues a preparation that was interrupted, to the same bytes.
+The corpus is one stream of tokens, each document behind an `<|endoftext|>`: the first --val-tokens of it are the
+validation split, the rest is for training, both cut into shards `val_000000.bin`, `train_000000.bin`, ... A shard is
+llm.c's: 256 int32 of header (20240520, 1, the number of tokens, zeros), then uint16 tokens, all little endian.
+`meta.json`, written last, holds the tokenizer and what each split contains. Until then `progress.json` holds how far
+the whole shards reach, so that the same command continues a preparation that was interrupted, to the same bytes.
 """
 
 import argparse
@@ -331,7 +331,7 @@ def write_shards(
 
 
 class RawFile(NamedTuple):
-    """A file of a corpus: a local one where `url` is empty, else one to fetch. size in bytes; sha256 in hex, or empty."""
+    """A file of a corpus, a local one where `url` is empty, else one to fetch. Size in bytes, sha256 in hex or empty."""
 
     name: str
     size: int
@@ -350,7 +350,7 @@ def request_headers(url: str) -> dict[str, str]:
 
 
 def list_hub_files(source: str, subset: str) -> list[RawFile]:
-    """The Parquet files of `sample-10BT`, another sample, or a dump such as `CC-MAIN-2024-10`, as the hub lists them."""
+    """The Parquet files of `sample-10BT`, another sample, or a dump such as `CC-MAIN-2024-10`, as on the hub."""
     endpoint = hub_endpoint()
     folder = subset.replace("sample-", "sample/") if subset.startswith("sample-") else f"data/{subset}"
     url: str | None = f"{endpoint}/api/datasets/{HUB_DATASETS[source]}/tree/main/{folder}"
@@ -670,7 +670,7 @@ def count(text: str) -> int:
     return int(float(match[1]) * {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}[match[2].lower()])
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         usage=argparse.SUPPRESS, description="Prepare token shards for train.py. With no options: FineWeb-Edu 10B."
     )
@@ -684,7 +684,7 @@ def main() -> None:
     parser.add_argument("--max-tokens", type=count, help="prepare just so many, validation included (default: all)")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (default: one a core)")
     parser.add_argument("--keep-raw", action="store_true", help="keep the fetched files, in the directory's raw/")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.workers < 1 or not 1 <= args.shard_tokens < 2**31:
         parser.error("--workers must be at least 1, and --shard-tokens from 1 to 2^31 - 1")
     try:
@@ -693,7 +693,8 @@ def main() -> None:
     except KeyboardInterrupt:
         sys.exit("\nprepare_data.py: interrupted; the same command goes on after the last whole shard")
     except (ValueError, OSError) as error:
-        sys.exit(f"prepare_data.py: error: {_reason(error) if isinstance(error, requests.RequestException) else error}")
+        reason = _reason(error) if isinstance(error, requests.RequestException) else str(error)
+        sys.exit(f"prepare_data.py: error: {' '.join(reason.split())}")
     for split in ("train", "val"):
         print(f"{split}: {meta[split]['tokens']:,} tokens in {meta[split]['shards']} shards, {out}/{split}_*.bin")
 

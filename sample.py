@@ -29,8 +29,8 @@ def newest_checkpoint(out: Path) -> Path:
 
 
 def make_decoder(tokenizer: tiktoken.Encoding) -> Callable[[int], str]:
-    """A function from one token after the other to the text that each completes: a character whose bytes are spread over
-    several tokens comes with the last of them."""
+    """A function from one token after the other to the text that each completes: a character whose bytes are spread
+    over several tokens comes with the last of them."""
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def decode(token: int) -> str:
@@ -79,7 +79,7 @@ def sample(args: argparse.Namespace) -> None:
     write_samples(steps, prompt, tokenizer, args.num_samples)
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, description="Generate text with a trained GPT-2.")
     parser.add_argument("--model", help="a checkpoint, or gpt2, gpt2-medium, ... (default: the newest under out/)")
     parser.add_argument("--prompt", default="", help="text to go on from; - reads standard input (default: none)")
@@ -91,7 +91,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1337, help="the same seed gives the same text (default: 1337)")
     parser.add_argument("--device", default="auto", choices=DEVICES, help="(default: auto)")
     parser.add_argument("--dtype", default="auto", choices=DTYPES, help="(default: auto)")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if (
         args.num_samples < 1
         or args.max_new_tokens < 1
@@ -108,7 +108,7 @@ def main() -> None:
     except KeyboardInterrupt:
         sys.exit(130)
     except (ValueError, OSError) as error:
-        sys.exit(f"sample.py: error: {error}")
+        sys.exit(f"sample.py: error: {' '.join(str(error).split())}")
 
 
 if __name__ == "__main__":

@@ -5,9 +5,9 @@ Train a GPT-2 on token shards, on a CPU, on one GPU, or on many under torchrun.
     python train.py                                       # the same run on one GPU, by gradient accumulation
     python train.py --preset demo                         # a minute or two on a CPU
 
-Reads the shards that prepare_data.py wrote (or llm.c's). Writes to --out: `metrics.jsonl`, a line for each logged step and
-each evaluation, and checkpoints `step_NNNNNN/`, the state after that many updates. The sequences of update s depend on the
-seed and s alone, so a run can be resumed, or cut over another number of GPUs, and remains the same run.
+Reads the shards that prepare_data.py wrote (or llm.c's). Writes to --out: `metrics.jsonl`, a line for each logged step
+and each evaluation, and checkpoints `step_NNNNNN/`, the state after that many updates. The sequences of update s depend
+on the seed and s alone, so a run can be resumed, or cut over another number of GPUs, and remains the same run.
 """
 
 import argparse
@@ -93,17 +93,17 @@ PRESETS = {
         data="data/demo",
         model="gpt2-tiny",
         out="out/demo",
-        sequence_length=256,
+        sequence_length=96,
         micro_batch_size=8,
-        total_batch_tokens=8 * 256,
-        steps=600,
-        warmup_steps=30,
-        max_lr=3e-3,
-        min_lr=1e-4,
-        eval_every=200,
+        total_batch_tokens=8 * 96,
+        steps=1100,
+        warmup_steps=100,
+        max_lr=1.5e-3,
+        min_lr=1e-5,
+        eval_every=250,
         eval_tokens=45_000,
-        sample_every=200,
-        checkpoint_every=300,
+        sample_every=250,
+        checkpoint_every=500,
         log_every=20,
     ),
 }
@@ -191,7 +191,7 @@ class Job(NamedTuple):
 
 
 def start_job(device: str) -> Job:
-    """Choose the device and, under torchrun, join the other processes. Raises ValueError for a device that is not here."""
+    """Choose the device and, under torchrun, join the other processes. Raises ValueError for one that is not here."""
     chosen = choose_device(device)
     rank, local_rank, world_size = (int(os.environ.get(name, "0")) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
     on_cuda = chosen.type == "cuda"
@@ -242,8 +242,8 @@ class Split(NamedTuple):
 
 
 def open_split(directory: Path, name: str, sequence_length: int, vocab_size: int) -> Split:
-    """Find and check the shards `name`_*.bin. Raises FileNotFoundError when there are none, ValueError when one is not a
-    whole shard or when together they do not hold a single sequence."""
+    """Find and check the shards `name`_*.bin. Raises FileNotFoundError when there are none, ValueError when one is not
+    a whole shard or when together they do not hold a single sequence."""
     paths = sorted(directory.glob(f"*{name}_*.bin"))
     if not paths:
         raise FileNotFoundError(
@@ -305,8 +305,8 @@ def batch_indices(split: Split, config: TrainConfig, step: int) -> np.ndarray:
 
 
 def load_batch(split: Split, config: TrainConfig, step: int, job: Job) -> torch.Tensor:
-    """This rank's part of the batch of update `step`: (accumulation steps, micro_batch_size, T + 1) int64, on the CPU, in
-    pinned memory where the device is a GPU."""
+    """This rank's part of the batch of update `step`: (accumulation steps, micro_batch_size, T + 1) int64, on the CPU,
+    in pinned memory where the device is a GPU."""
     indices = batch_indices(split, config, step).reshape(-1, job.world_size, config.micro_batch_size)[:, job.rank]
     sequences = read_sequences(split, indices.ravel())
     batch = torch.from_numpy(sequences.reshape(*indices.shape, -1))
@@ -381,7 +381,7 @@ def checkpoints(out: Path) -> list[Path]:
 
 
 def save_checkpoint(out: Path, step: int, model: GPT, tokenizer: str, trainer: dict, keep: int) -> Path:
-    """Write `step_NNNNNN`, under another name until it is whole and on the disk, then remove all but the newest `keep`."""
+    """Write `step_NNNNNN`, under another name until it is whole and on disk, then remove all but the newest `keep`."""
     final = out / f"step_{step:06d}"
     part = out / f"{final.name}.tmp"
     shutil.rmtree(part, ignore_errors=True)
@@ -398,15 +398,15 @@ def save_checkpoint(out: Path, step: int, model: GPT, tokenizer: str, trainer: d
 
 
 def load_trainer(checkpoint: Path, config: TrainConfig, data: list[int]) -> dict:
-    """What save_checkpoint was given as `trainer`. Raises ValueError when it is damaged or from a run with other settings
-    or data."""
+    """What save_checkpoint was given as `trainer`. Raises ValueError when it is damaged, or from a run with other
+    settings or data."""
     try:
         trainer = torch.load(checkpoint / "trainer.pt", map_location="cpu", weights_only=True)
         before, data_before = trainer["config"], trainer["data"]
     except FileNotFoundError as error:
         raise ValueError(f"{checkpoint} cannot be resumed: it has no trainer.pt") from error
     except Exception as error:  # torch.load raises many kinds for a file that is not one of its own
-        raise ValueError(f"{checkpoint}/trainer.pt is damaged: {error}") from error
+        raise ValueError(f"{checkpoint}/trainer.pt is damaged ({type(error).__name__} on reading it)") from error
     now = asdict(config)
     differences = [
         f"--{name.replace('_', '-')} was {before.get(name)} and is now {now[name]}"
@@ -492,14 +492,14 @@ def build_model(config: TrainConfig, source: str, tokenizer: str, vocab_size: in
         raise ValueError(f"{source} was trained with the {trained} tokenizer, and the data has {tokenizer}'s tokens")
     if config.sequence_length > model.config.block_size:
         raise ValueError(
-            f"--sequence-length {config.sequence_length} is more than the context of {source}, {model.config.block_size}"
+            f"--sequence-length {config.sequence_length} is more than {source}'s context of {model.config.block_size}"
         )
     return model
 
 
 def find_source(config: TrainConfig, job: Job) -> tuple[str, bool]:
-    """Where the weights come from ("" for a new model), and whether that is a checkpoint to go on from. Rank 0 looks, so
-    that all ranks see the same."""
+    """Where the weights come from ("" for a new model), and whether that is a checkpoint to go on from. Rank 0 looks,
+    so that all ranks see the same."""
     out, found = Path(config.out), ["", False]
     if job.rank == 0:
         existing = checkpoints(out)
@@ -553,11 +553,9 @@ def train(config: TrainConfig) -> None:
         if not config.eval_only:
             out.mkdir(parents=True, exist_ok=True)
             write_log = open_log(out / "metrics.jsonl", start)
-        say(
-            f"{parameter_count(model):,} parameters | {sum(split.tokens):,} tokens | {job.world_size} x {job.device.type}, "
-            f"{str(dtype).removeprefix('torch.')}{', compiled' if compile_it else ''} | "
-            + (f"going on from {source}" if state else f"starting from {source or 'scratch'}")
-        )
+        how = f"{job.world_size} x {job.device.type}, {str(dtype).removeprefix('torch.')}{', compiled' * compile_it}"
+        origin = f"going on from {source}" if state else f"starting from {source or 'scratch'}"
+        say(f"{parameter_count(model):,} parameters | {sum(split.tokens):,} tokens | {how} | {origin}")
     peak = peak_flops(job.device, dtype)
     flops = flops_per_token(replace(model.config, block_size=config.sequence_length))
 
@@ -582,7 +580,7 @@ def train(config: TrainConfig) -> None:
             ahead = loader.submit(load_batch, split, config, step + 1, job)
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, config)
-            # Dropout draws from (seed, step, rank), not from what was drawn before, so that a resumed run draws the same.
+            # Dropout draws from (seed, step, rank), not from what was drawn before: a resumed run draws the same.
             torch.manual_seed(int(np.random.SeedSequence([config.seed, step, job.rank]).generate_state(1)[0]))
             loss, norm = train_step(parallel, optimizer, scaler, batch, autocast, config.grad_clip)
 
@@ -629,17 +627,17 @@ def say(text: str) -> None:
 
 
 def fail(message: str, status: int) -> NoReturn:
-    """End with one line. What goes wrong before the processes have met goes wrong in all of them; one a machine tells."""
+    """End with one line. What goes wrong before the processes have met does so in all of them; one a machine tells."""
     if dist.is_initialized() or os.environ.get("LOCAL_RANK", "0") == "0":
-        print(f"train.py: error: {message}", file=sys.stderr)
+        print(f"train.py: error: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(status)
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         usage=argparse.SUPPRESS, allow_abbrev=False, description="Train a GPT-2. With no options: 124M on FineWeb-Edu."
     )
-    config = parse_args(parser)
+    config = parse_args(parser, argv)
     try:
         check_config(config, int(os.environ.get("WORLD_SIZE", "1")))
     except ValueError as error:
