@@ -13,6 +13,7 @@ the whole shards reach, so that the same command continues a preparation that wa
 """
 
 import argparse
+import errno
 import gzip
 import hashlib
 import json
@@ -39,6 +40,7 @@ import requests
 import tiktoken
 
 HUB_DATASETS = {"fineweb-edu": "HuggingFaceFW/fineweb-edu", "fineweb": "HuggingFaceFW/fineweb"}
+SOURCES = (*HUB_DATASETS, "shakespeare", "demo")
 SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHAKESPEARE = (1_115_394, "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed")  # bytes, sha256
 SHARD_MAGIC, SHARD_VERSION, HEADER_INTS = 20240520, 1, 256
@@ -145,6 +147,8 @@ def _open_parquet(path: str | Path):  # noqa: ANN202 (pyarrow.parquet.ParquetFil
         raise ValueError(f"{path} is damaged or not a Parquet file: {error}") from error
     if "text" not in file.schema_arrow.names:
         raise ValueError(f"{path} has no column named text; it has {', '.join(file.schema_arrow.names)}")
+    if str(file.schema_arrow.field("text").type) not in ("string", "large_string", "string_view"):
+        raise ValueError(f"{path}: the column named text does not hold strings")
     return file
 
 
@@ -153,34 +157,26 @@ def read_unit(unit: Unit) -> tuple[list[str], int]:
     if unit.kind == "txt":
         text = unit.block.decode("utf-8", errors="replace")
         return [text], text.count("\ufffd") - unit.block.count("\ufffd".encode())
-    texts = []
     if unit.kind == "parquet":
         try:
-            column = _open_parquet(unit.path).read_row_group(unit.start, columns=["text"])["text"]
-            texts = [text for text in column.to_pylist() if text]
+            column = _open_parquet(unit.path).read_row_group(unit.start, columns=["text"])["text"].to_pylist()
         except (ValueError, OSError) as error:  # pyarrow's own exceptions are among them
             raise ValueError(f"{unit.path}, row group {unit.start}, is damaged: {error}") from error
-        if not all(isinstance(text, str) for text in texts):
-            raise ValueError(f"{unit.path}: the column named text does not hold strings")
-    else:
-        for number, line in enumerate(unit.block.split(b"\n"), start=unit.start):
-            if not line.strip():
-                continue
-            try:
-                text = json.loads(line)["text"]
-            except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(f"{unit.path}, line {number}: not a JSON object with a text: {error!r}") from error
-            if text is not None and not isinstance(text, str):
-                raise ValueError(f"{unit.path}, line {number}: the text is not a string")
-            if text:
-                texts.append(text)
-    replaced = 0
-    for i, text in enumerate(texts):
+        return [text for text in column if text], 0
+    texts, replaced = [], 0
+    for number, line in enumerate(unit.block.split(b"\n"), start=unit.start):
+        if not line.strip():
+            continue
         try:
-            text.encode()
-        except UnicodeEncodeError:  # lone surrogates, which JSON can spell
-            texts[i] = text.encode("utf-16", "surrogatepass").decode("utf-16", errors="replace")
-            replaced += texts[i].count("\ufffd") - text.count("\ufffd")
+            text = json.loads(line)["text"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{unit.path}, line {number}: not a JSON object with a text: {error!r}") from error
+        if text is not None and not isinstance(text, str):
+            raise ValueError(f"{unit.path}, line {number}: its text is not a string")
+        if text:
+            whole = text.encode("utf-16", "surrogatepass").decode("utf-16", errors="replace")  # JSON can spell half
+            replaced += whole.count("\ufffd") - text.count("\ufffd")
+            texts.append(whole)
     return texts, replaced
 
 
@@ -193,7 +189,7 @@ def tokenize_unit(unit: Unit, tokenizer_name: str) -> tuple[np.ndarray, int]:
     for text in texts:
         if not (unit.kind == "txt" and unit.start > 0):  # only its first piece begins a document
             pieces.append(np.array([tokenizer.eot_token], dtype=np.uint16))
-        pieces.append(np.array(tokenizer.encode_ordinary(text), dtype=np.uint16))
+        pieces.append(tokenizer.encode_to_numpy(text, disallowed_special=()).astype(np.uint16))
     return np.concatenate(pieces) if pieces else np.empty(0, dtype=np.uint16), replaced
 
 
@@ -266,7 +262,7 @@ def write_shard(path: Path, pieces: Iterator[np.ndarray]) -> int:
     with open(part, "wb") as file:
         file.write(header.tobytes())
         for piece in pieces:
-            file.write(piece.astype("<u2", copy=False).tobytes())
+            file.write(piece.astype("<u2", copy=False))
         tokens = (file.tell() - header.nbytes) // 2
         header[:3] = SHARD_MAGIC, SHARD_VERSION, tokens
         file.seek(0)
@@ -331,7 +327,7 @@ def write_shards(
 
 
 class RawFile(NamedTuple):
-    """A file of a corpus, a local one where `url` is empty, else one to fetch. Size in bytes, sha256 in hex or empty."""
+    """A file of a corpus: to be fetched if it has a `url`, else local. Size in bytes, sha256 in hex or empty."""
 
     name: str
     size: int
@@ -674,8 +670,12 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         usage=argparse.SUPPRESS, description="Prepare token shards for train.py. With no options: FineWeb-Edu 10B."
     )
-    parser.add_argument("--source", default="fineweb-edu", choices=[*HUB_DATASETS, "shakespeare", "demo"])
-    parser.add_argument("--subset", default="sample-10BT", help="of FineWeb: sample-10BT, -100BT, -350BT, or a dump")
+    parser.add_argument("--source", default="fineweb-edu", choices=SOURCES, help="(default: fineweb-edu)")
+    parser.add_argument(
+        "--subset",
+        default="sample-10BT",
+        help="of FineWeb: sample-10BT, sample-100BT, sample-350BT, or a dump (default: sample-10BT)",
+    )
     parser.add_argument("--input", nargs="+", metavar="FILE", help="own text: .txt, .jsonl, .jsonl.gz, .parquet")
     parser.add_argument("--out", help="directory for the shards (default: data/NAME, after the source)")
     parser.add_argument("--tokenizer", choices=["gpt2", "byte"], help="(default: gpt2, for the demo byte)")
@@ -694,6 +694,8 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit("\nprepare_data.py: interrupted; the same command goes on after the last whole shard")
     except (ValueError, OSError) as error:
         reason = _reason(error) if isinstance(error, requests.RequestException) else str(error)
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            reason = f"the disk is full ({out}); make room, and the same command goes on after the last whole shard"
         sys.exit(f"prepare_data.py: error: {' '.join(reason.split())}")
     for split in ("train", "val"):
         print(f"{split}: {meta[split]['tokens']:,} tokens in {meta[split]['shards']} shards, {out}/{split}_*.bin")

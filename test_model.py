@@ -16,6 +16,7 @@ import json
 import math
 import os
 import re
+import resource
 import shutil
 import socket
 import subprocess
@@ -25,6 +26,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 from typing import NamedTuple
 
 import numpy as np
@@ -57,9 +59,11 @@ def random_model(config: GPTConfig = TINY, seed: int = 0) -> GPT:
     return model.eval()
 
 
-def run(*command: object, status: int = 0, cwd: Path | None = None, **env: str) -> subprocess.CompletedProcess:
+def run(
+    *command: object, status: int = 0, cwd: Path | None = None, largest_file: int | None = None, **env: str
+) -> subprocess.CompletedProcess:
     """A script, or torchrun, as a user starts it. One thread each, so that the rounding of sums does not depend on
-    load."""
+    load. `largest_file`, in bytes, makes the disk seem full past it."""
     name, *rest = (str(part) for part in command)
     start = ["-m", "torch.distributed.run", *rest] if name == "torchrun" else [str(ROOT / name), *rest]
     done = subprocess.run(
@@ -69,6 +73,7 @@ def run(*command: object, status: int = 0, cwd: Path | None = None, **env: str) 
         capture_output=True,
         text=True,
         timeout=TIMEOUT,
+        preexec_fn=largest_file and (lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))),
     )
     assert done.returncode == status, f"{command} ended with {done.returncode}\n{done.stdout}\n{done.stderr}"
     return done
@@ -446,8 +451,8 @@ def write_jsonl(path: Path, texts: list[str]) -> Path:
     return path
 
 
-def prepare(out: Path, *options: object, status: int = 0, **env: str) -> subprocess.CompletedProcess:
-    return run("prepare_data.py", "--out", out, "--tokenizer", "byte", *options, status=status, **env)
+def prepare(out: Path, *options: object, **settings: object) -> subprocess.CompletedProcess:
+    return run("prepare_data.py", "--out", out, "--tokenizer", "byte", *options, **settings)
 
 
 def byte_tokens(texts: list[str]) -> np.ndarray:
@@ -500,30 +505,80 @@ def test_long_text_is_cut_where_gpt2s_tokenizer_cuts() -> None:
     assert cuts > 50
 
 
-def test_law_5_shards_do_not_depend_on_workers_or_on_kills(tmp_path: Path) -> None:
-    source = write_jsonl(tmp_path / "a.jsonl", documents() * 40)
-    options = ["--input", source, "--shard-tokens", "30k", "--val-tokens", "50k"]
-    for workers in (1, 3):
-        prepare(tmp_path / str(workers), *options, "--workers", workers)
+def serve_hub(site: Site, directory: Path, texts: list[str], files: int) -> None:
+    """Put texts on a server as the hub shows them: Parquet files of FineWeb-Edu's sample-10BT, listed on two pages."""
+    import pyarrow
+    import pyarrow.parquet
+
+    entries, size = [], len(texts) // files
+    for i in range(files):
+        path, name = directory / f"{i}.parquet", f"sample/10BT/{i:03d}_00000.parquet"
+        table = pyarrow.table({"text": texts[size * i : size * (i + 1)]})
+        pyarrow.parquet.write_table(table, path, row_group_size=size // 7)
+        site.content[f"{FINEWEB}/resolve/main/{name}"] = data = path.read_bytes()
+        entries.append({"path": name, "size": len(data), "lfs": {"oid": hashlib.sha256(data).hexdigest()}})
+    listing = f"/api{FINEWEB}/tree/main/sample/10BT"
+    site.content[listing] = json.dumps(entries[:2]).encode()
+    site.content[f"{listing} next"] = f"{site.url}{listing}?cursor=2".encode()
+    site.content[f"{listing}?cursor=2"] = json.dumps([*entries[2:], {"path": "README.md", "size": 1}]).encode()
+
+
+FINEWEB = "/datasets/HuggingFaceFW/fineweb-edu"
+
+
+def test_law_5_shards_do_not_depend_on_workers_or_on_kills(site: Site, tmp_path: Path) -> None:
+    texts = documents(6000)
+    serve_hub(site, tmp_path, texts, files=3)
+    options = ["--shard-tokens", "8k", "--val-tokens", "20k"]
+    for workers in (1, 2, 5):
+        prepare(tmp_path / str(workers), *options, "--workers", workers, HF_ENDPOINT=site.url)
+    rng, kills = np.random.default_rng(), 0
     command = [sys.executable, ROOT / "prepare_data.py", "--out", tmp_path / "killed", "--tokenizer", "byte", *options]
-    kills, wanted = 0, 2
-    deadline = time.monotonic() + TIMEOUT
-    while not (tmp_path / "killed" / "meta.json").exists() and time.monotonic() < deadline:
-        process = subprocess.Popen([str(part) for part in [*command, "--workers", 2]], stdout=subprocess.DEVNULL)
-        # Kill it when it has come some shards further than before; the run after the last kill goes to the end.
-        while kills < wanted and process.poll() is None and time.monotonic() < deadline:
-            if len(list((tmp_path / "killed").glob("train_*.bin"))) >= 10 + 50 * kills:
-                process.kill()
-                kills += 1
-                break
-        process.wait(timeout=TIMEOUT)
-    assert kills == wanted
+    env = {**os.environ, "HF_ENDPOINT": site.url}
+    while not (tmp_path / "killed" / "meta.json").exists():
+        site.faults[:] = rng.choice(["", "", "drop"], size=20).tolist()
+        process = subprocess.Popen([str(part) for part in command], env=env, stdout=subprocess.DEVNULL)
+        try:
+            assert process.wait(timeout=TIMEOUT if kills > 6 else rng.uniform(0.4, 1.2)) == 0
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            kills += 1
+            assert kills < 8
+    assert kills
     names = sorted(path.name for path in (tmp_path / "1").iterdir())
-    assert len(names) > 20
-    for other in ("3", "killed"):
+    assert len(names) > 200
+    for other in ("2", "5", "killed"):
         assert sorted(path.name for path in (tmp_path / other).iterdir()) == names
         for name in names:
             assert (tmp_path / other / name).read_bytes() == (tmp_path / "1" / name).read_bytes(), (other, name)
+    tokens = np.concatenate([read_shards(tmp_path / "killed", split) for split in ("val", "train")])
+    assert np.array_equal(tokens, byte_tokens(texts))
+
+
+def test_full_disk_ends_in_one_line_and_can_go_on(tmp_path: Path) -> None:
+    source = write_jsonl(tmp_path / "a.jsonl", documents())
+    options = ["--input", source, "--shard-tokens", "50k", "--val-tokens", "10k"]
+    done = prepare(tmp_path / "out", *options, status=1, largest_file=60_000)
+    assert done.stderr.startswith("prepare_data.py: error: the disk is full") and done.stderr.count("\n") == 1
+    assert (tmp_path / "out" / "val_000000.bin").exists() and not (tmp_path / "out" / "meta.json").exists()
+    prepare(tmp_path / "out", *options)
+    tokens = np.concatenate([read_shards(tmp_path / "out", split) for split in ("val", "train")])
+    assert np.array_equal(tokens, byte_tokens(documents()))
+
+
+def test_memory_does_not_grow_with_the_corpus(tmp_path: Path) -> None:
+    """The largest process of a preparation, as the operating system accounts for it, for 2 MB of text and for 40."""
+    peaks = []
+    for copies in (10, 200):
+        source = write_jsonl(tmp_path / f"{copies}.jsonl", documents() * copies)
+        command = [ROOT / "prepare_data.py", "--input", source, "--tokenizer", "byte", "--out", tmp_path / str(copies)]
+        process = subprocess.Popen([sys.executable, *map(str, command)], stdout=subprocess.DEVNULL)
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        assert process.returncode == 0
+        peaks.append(usage.ru_maxrss)
+    assert peaks[1] < 1.1 * peaks[0]
 
 
 def test_a_finished_directory_is_left_alone_and_other_settings_are_refused(
@@ -549,6 +604,7 @@ def test_bad_text_is_named_in_one_line(tmp_path: Path, capsys: pytest.CaptureFix
     import pyarrow.parquet
 
     pyarrow.parquet.write_table(pyarrow.table({"body": ["a"]}), tmp_path / "column.parquet")
+    pyarrow.parquet.write_table(pyarrow.table({"text": [1, 2]}), tmp_path / "numbers.parquet")
     pyarrow.parquet.write_table(pyarrow.table({"text": documents()}), tmp_path / "whole.parquet")
     (tmp_path / "cut.parquet").write_bytes((tmp_path / "whole.parquet").read_bytes()[:-20])
     (tmp_path / "line.jsonl").write_text('{"text": "good"}\n\n{"text": "cut\n')
@@ -558,6 +614,7 @@ def test_bad_text_is_named_in_one_line(tmp_path: Path, capsys: pytest.CaptureFix
     (tmp_path / "text.doc").write_bytes(b"?")
     for name, said in [
         ("column.parquet", "column.parquet has no column named text; it has body"),
+        ("numbers.parquet", "numbers.parquet: the column named text does not hold strings"),
         ("cut.parquet", "cut.parquet is damaged or not a Parquet file"),
         ("line.jsonl", "line.jsonl, line 3"),
         ("number.jsonl", "number.jsonl, line 1"),
@@ -586,23 +643,8 @@ def test_invalid_utf8_is_replaced_and_counted(tmp_path: Path) -> None:
 def test_fineweb_is_fetched_from_the_hub_through_every_fault(
     site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    import pyarrow
-    import pyarrow.parquet
-
     texts = documents(6000)
-    dataset, pages = "/datasets/HuggingFaceFW/fineweb-edu/resolve/main", []
-    for i in range(3):
-        path = tmp_path / f"{i}.parquet"
-        pyarrow.parquet.write_table(
-            pyarrow.table({"text": texts[2000 * i : 2000 * i + 2000]}), path, row_group_size=300
-        )
-        data, name = path.read_bytes(), f"sample/10BT/00{i}_00000.parquet"
-        site.content[f"{dataset}/{name}"] = data
-        pages.append({"path": name, "size": len(data), "lfs": {"oid": hashlib.sha256(data).hexdigest()}})
-    listing = "/api/datasets/HuggingFaceFW/fineweb-edu/tree/main/sample/10BT"
-    site.content[listing] = json.dumps(pages[:2]).encode()
-    site.content[f"{listing} next"] = f"{site.url}{listing}?cursor=2".encode()
-    site.content[f"{listing}?cursor=2"] = json.dumps([*pages[2:], {"path": "README.md", "size": 1}]).encode()
+    serve_hub(site, tmp_path, texts, files=3)
     # After the two pages of the listing:
     site.faults[:] = ["", "", "503", "429", "drop", "drop", "ignore range", "lie", "drop"]
     prepare(tmp_path / "out", "--shard-tokens", "50k", "--val-tokens", "10k", HF_ENDPOINT=site.url, HF_TOKEN="secret")
@@ -614,7 +656,9 @@ def test_fineweb_is_fetched_from_the_hub_through_every_fault(
 
     site.requests.clear()  # a small amount needs the first file only
     prepare(tmp_path / "small", "--max-tokens", "20k", HF_ENDPOINT=site.url)
-    assert [path for path, _ in site.requests if path.endswith(".parquet")] == [f"{dataset}/{pages[0]['path']}"]
+    assert [path for path, _ in site.requests if path.endswith(".parquet")] == [
+        f"{FINEWEB}/resolve/main/sample/10BT/000_00000.parquet"
+    ]
 
     site.faults[:] = ["", "", "lie", "lie"]
     monkeypatch.setenv("HF_ENDPOINT", site.url)
@@ -897,6 +941,14 @@ def save(directory: Path, block_size: int, tokenizer: str) -> Path:
 
 
 # The commands, as a user gives them
+
+
+@pytest.mark.parametrize("script", [prepare_data, train, sample])
+def test_readme_names_every_option(script: ModuleType, capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit):
+        script.main(["--help"])
+    options = set(re.findall(r"--[a-z-]+[a-z]", capsys.readouterr().out)) - {"--help"}
+    assert len(options) > 8 and options <= set(re.findall(r"--[a-z-]+[a-z]", (ROOT / "README.md").read_text()))
 
 
 def test_characters_are_never_broken_in_the_stream() -> None:
