@@ -352,7 +352,7 @@ def list_hub_files(source: str, subset: str) -> list[RawFile]:
     url: str | None = f"{endpoint}/api/datasets/{HUB_DATASETS[source]}/tree/main/{folder}"
     files = []
     while url:
-        response = requests.get(url, headers=request_headers(url), timeout=60)
+        response = _get_page(url)
         if response.status_code == 404:
             raise ValueError(f"the hub has no subset {subset} of {source}")
         response.raise_for_status()
@@ -364,6 +364,36 @@ def list_hub_files(source: str, subset: str) -> list[RawFile]:
     if not files:
         raise ValueError(f"the hub lists no Parquet files for subset {subset} of {source}")
     return sorted(files)
+
+
+def _get_page(url: str) -> requests.Response:
+    """A small page, with three tries: whoever has no network should hear of it soon."""
+    for failures in (1, 2, 3):
+        try:
+            response = requests.get(url, headers=request_headers(url), timeout=60)
+        except requests.RequestException:
+            if failures == 3:
+                raise
+            delay = None
+        else:
+            if not _busy(response) or failures == 3:
+                return response
+            delay = _retry_after(response)
+        _pause(failures, delay)
+
+
+def _busy(response: requests.Response) -> bool:
+    return response.status_code == 429 or response.status_code >= 500
+
+
+def _retry_after(response: requests.Response) -> float | None:
+    after = response.headers.get("Retry-After", "")
+    return float(after) if after.isdigit() else None
+
+
+def _pause(failures: int, delay: float | None) -> None:
+    """Wait as long as the server asks, else a second, two, four, ... up to a minute."""
+    time.sleep(min(60, 2 ** (failures - 1)) if delay is None else delay)
 
 
 def download(file: RawFile, path: Path, received: Callable[[int], None]) -> Path:
@@ -386,7 +416,7 @@ def download(file: RawFile, path: Path, received: Callable[[int], None]) -> Path
             elif (failures := failures + 1) >= DOWNLOAD_ATTEMPTS:
                 raise OSError(f"{file.name} could not be fetched: {problem}; start again later and it will go on")
             if problem:
-                time.sleep(min(60, 2**failures / 2) if delay is None else delay)
+                _pause(max(1, failures), delay)
         digest = hashlib.sha256()
         with open(part, "rb") as content:
             while chunk := content.read(BLOCK_BYTES):
@@ -405,9 +435,8 @@ def _download_rest(file: RawFile, part: Path, have: int, received: Callable[[int
     headers = request_headers(file.url) | ({"Range": f"bytes={have}-"} if have else {})
     try:
         with requests.get(file.url, headers=headers, stream=True, timeout=60) as response:
-            if response.status_code == 429 or response.status_code >= 500:
-                after = response.headers.get("Retry-After", "")
-                return f"the server answers {response.status_code}", float(after) if after.isdigit() else None
+            if _busy(response):
+                return f"the server answers {response.status_code}", _retry_after(response)
             if response.status_code in (401, 403):
                 raise PermissionError(f"{file.name}: access refused ({response.status_code}); set HF_TOKEN to a token")
             if response.status_code not in (200, 206):

@@ -16,19 +16,21 @@ import math
 import os
 import re
 import shutil
+import signal
 import sys
 import time
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn, TextIO
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 
 from model import (
@@ -64,6 +66,7 @@ class TrainConfig:
     out: str = option("out", "directory for metrics and checkpoints")
     resume: bool = option(False, "go on from the newest checkpoint in --out, if there is one")
     init_from: str = option("", "start from these weights: a checkpoint, or gpt2, gpt2-medium, ...")
+    extend: bool = option(False, "with --resume: let --steps differ from the run's so far, on purpose")
     eval_only: bool = option(False, "evaluate --init-from, or the newest checkpoint in --out, and stop")
     seed: int = option(1337, "of the initialization, the order of the data, and dropout")
     sequence_length: int = option(1024, "tokens in a sequence; of a new model also its context")
@@ -79,6 +82,7 @@ class TrainConfig:
     dtype: str = option("auto", "of the matrix products: auto, float32, bfloat16, float16 (auto: float32 on a CPU)")
     compile: bool | None = option(None, "torch.compile the model (default: on CUDA)")
     device: str = option("auto", "auto, cuda, mps or cpu")
+    zero: bool = option(False, "divide the optimizer's state among the ranks (ZeRO stage 1)")
     eval_every: int = option(250, "updates between evaluations, 0 for none")
     eval_tokens: int = option(10 * 2**20, "tokens of the validation split to evaluate on")
     sample_every: int = option(1000, "updates between samples of text, 0 for none")
@@ -108,6 +112,7 @@ PRESETS = {
     ),
 }
 BETAS = (0.9, 0.95)
+FLOAT16_SKIPS = 20  # updates in a row that float16's scaler may skip, while it finds its scale
 POSITIVE = ["sequence_length", "micro_batch_size", "total_batch_tokens", "steps", "eval_tokens", "log_every"]
 # What a checkpoint and the command line must agree on, since it decides what is computed.
 FIXED_OPTIONS = [
@@ -206,11 +211,33 @@ def start_job(device: str) -> Job:
 
 
 def sum_over_ranks(value: torch.Tensor, job: Job) -> torch.Tensor:
-    """The sum over all ranks of a scalar, on the CPU."""
-    value = value.to(job.device, torch.float32 if job.device.type == "mps" else torch.float64)
-    if dist.is_initialized():
-        dist.all_reduce(value)
+    """The sum of a tensor over all ranks, float64 on the CPU; waits for the device."""
+    if not dist.is_initialized():
+        return value.cpu().double()
+    value = value.to(job.device, torch.float64)
+    dist.all_reduce(value)
     return value.cpu()
+
+
+@contextmanager
+def noted_signals() -> Iterator[list[int]]:
+    """A list to which SIGTERM and SIGINT are added instead of ending the process. A second one ends it at once, unless
+    it comes within a second: torchrun passes on what a terminal has already sent to all."""
+    noted, since = [], 0.0
+
+    def note(number: int, frame: object) -> None:
+        nonlocal since
+        if noted and time.monotonic() - since > 1:
+            os._exit(128 + number)
+        since = since or time.monotonic()
+        noted.append(number)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield noted
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 # bfloat16 and float16 with float32 accumulation, dense. More special names come first.
@@ -270,6 +297,16 @@ def read_header(path: Path) -> int:
     return tokens
 
 
+def check_tokens(split: Split, job: Job) -> None:
+    """Read this rank's share of the shards through. Raises ValueError for a token outside the vocabulary."""
+    for path in split.paths[job.rank :: job.world_size]:
+        with open(path, "rb") as file:
+            file.seek(1024)
+            while data := file.read(1 << 24):
+                if (largest := int(np.frombuffer(data, dtype="<u2").max())) >= split.vocab_size:
+                    raise ValueError(f"{path} holds token {largest}, outside the vocabulary of {split.vocab_size}")
+
+
 def read_sequences(split: Split, indices: np.ndarray) -> np.ndarray:
     """The sequences with these indices: (n, T + 1) int64. Raises ValueError for a token outside the vocabulary."""
     T = split.sequence_length
@@ -316,7 +353,7 @@ def load_batch(split: Split, config: TrainConfig, step: int, job: Job) -> torch.
 # One update, and evaluation
 
 
-def train_step(
+def compute_gradients(
     model: Callable,
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
@@ -325,9 +362,9 @@ def train_step(
     grad_clip: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    One update from a (accumulation steps, B, T + 1) batch on the device. `model` is the GPT, compiled or wrapped in
-    DistributedDataParallel or both. Returns this rank's mean loss and the norm of the whole gradient before clipping,
-    as scalars on the device: nothing here waits for it (except float16's scaler).
+    The clipped gradients of a (accumulation steps, B, T + 1) batch on the device. `model` is the GPT, compiled or
+    wrapped in DistributedDataParallel or both. Returns this rank's mean loss and the norm of the whole gradient before
+    clipping, as scalars on the device: nothing here waits for it.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     total = torch.zeros((), device=batch.device)
@@ -341,17 +378,16 @@ def train_step(
             scaler.scale(loss).backward()
         total += loss.detach()
     scaler.unscale_(optimizer)
-    norm = torch.nn.utils.clip_grad_norm_(parameters, grad_clip or math.inf)
-    scaler.step(optimizer)
-    scaler.update()
-    optimizer.zero_grad(set_to_none=True)
-    return total, norm
+    return total, torch.nn.utils.clip_grad_norm_(parameters, grad_clip or math.inf)
 
 
 @torch.no_grad()
-def evaluate(model: Callable, split: Split, config: TrainConfig, autocast: torch.autocast, job: Job) -> float:
+def evaluate(
+    model: GPT, compiled: Callable, split: Split, config: TrainConfig, autocast: torch.autocast, job: Job
+) -> float:
     """
     The mean loss, in nats per token, over the first eval_tokens of a split, each scored once, on all ranks together.
+    `compiled` is the model, or what compiles it.
 
     Every batch has the same shape, so that a compiled model is compiled once: rows that are missing at the end have -1
     for targets, which the loss leaves out.
@@ -359,14 +395,16 @@ def evaluate(model: Callable, split: Split, config: TrainConfig, autocast: torch
     B, T = config.micro_batch_size, split.sequence_length
     sequences = min(max(1, config.eval_tokens // T), int(split.first[-1]))
     losses, counts = [torch.zeros((), device=job.device)], [0]
+    model.eval()
     for start in range(job.rank * B, sequences, job.world_size * B):
         count = min(B, sequences - start)
         tokens, targets = torch.zeros(B, T, dtype=torch.int64), torch.full((B, T), -1)
         batch = torch.from_numpy(read_sequences(split, np.arange(start, start + count)))
         tokens[:count], targets[:count] = batch[:, :-1], batch[:, 1:]
         with autocast:
-            losses.append(model(tokens.to(job.device), targets.to(job.device)).float())
+            losses.append(compiled(tokens.to(job.device), targets.to(job.device)).float())
         counts.append(count)
+    model.train()
     total = (torch.stack(losses).cpu().double() * torch.tensor(counts)).sum()
     return float(sum_over_ranks(total, job)) / sequences
 
@@ -380,7 +418,24 @@ def checkpoints(out: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name[5:]))
 
 
-def save_checkpoint(out: Path, step: int, model: GPT, tokenizer: str, trainer: dict, keep: int) -> Path:
+def copy_to_host(value: Any) -> Any:  # noqa: ANN401 (tensors in dicts and lists)
+    """A copy that further training does not touch, of a tensor or a structure of them, on the CPU."""
+    if isinstance(value, torch.Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, dict):
+        return {key: copy_to_host(item) for key, item in value.items()}
+    return [copy_to_host(item) for item in value] if isinstance(value, list) else value
+
+
+def copy_model(model: GPT) -> GPT:
+    """A copy of a model on the CPU."""
+    with torch.device("meta"):
+        copy = GPT(model.config)
+    copy.load_state_dict(copy_to_host(dict(model.state_dict())), assign=True)
+    return copy
+
+
+def save_checkpoint(out: Path, step: int, model: GPT, tokenizer: str, trainer: dict, keep: int) -> None:
     """Write `step_NNNNNN`, under another name until it is whole and on disk, then remove all but the newest `keep`."""
     final = out / f"step_{step:06d}"
     part = out / f"{final.name}.tmp"
@@ -388,53 +443,80 @@ def save_checkpoint(out: Path, step: int, model: GPT, tokenizer: str, trainer: d
     save_model(model, part, tokenizer)
     torch.save(trainer, part / "trainer.pt")
     for path in (*part.iterdir(), part):
-        descriptor = os.open(path, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
+        synchronize(path)
+    shutil.rmtree(final, ignore_errors=True)  # a damaged one that was passed over
     part.rename(final)
+    synchronize(out)
     for old in checkpoints(out)[:-keep] if keep else []:
         shutil.rmtree(old)
-    return final
 
 
-def load_trainer(checkpoint: Path, config: TrainConfig, data: list[int]) -> dict:
-    """What save_checkpoint was given as `trainer`. Raises ValueError when it is damaged, or from a run with other
-    settings or data."""
+def synchronize(path: Path) -> None:
+    """Wait until a file, or the names in a directory, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
+
+
+def load_trainer(checkpoint: Path) -> dict:
+    """What save_checkpoint was given as `trainer`. Raises ValueError when it is not there or damaged."""
     try:
-        trainer = torch.load(checkpoint / "trainer.pt", map_location="cpu", weights_only=True)
-        before, data_before = trainer["config"], trainer["data"]
+        trainer = torch.load(checkpoint / "trainer.pt", map_location="cpu", weights_only=True, mmap=True)
+        if trainer.keys() >= {"step", "optimizer", "scaler", "config", "data"}:
+            return trainer
+        raise KeyError("a part of it is missing")
     except FileNotFoundError as error:
         raise ValueError(f"{checkpoint} cannot be resumed: it has no trainer.pt") from error
     except Exception as error:  # torch.load raises many kinds for a file that is not one of its own
         raise ValueError(f"{checkpoint}/trainer.pt is damaged ({type(error).__name__} on reading it)") from error
-    now = asdict(config)
+
+
+def check_same_run(checkpoint: Path, trainer: dict, config: TrainConfig, data: list[int]) -> None:
+    """Raise ValueError, naming each difference, when a checkpoint is from a run that computes something else."""
+    before, now = trainer["config"], asdict(config)
     differences = [
         f"--{name.replace('_', '-')} was {before.get(name)} and is now {now[name]}"
         for name in FIXED_OPTIONS
-        if before.get(name) != now[name]
+        if before.get(name) != now[name] and not (name == "steps" and config.extend)
     ]
-    if data_before != data:
+    if trainer["data"] != data:
         differences.append(f"the shards in {config.data} are not those of before")
     if differences:
-        raise ValueError(f"{checkpoint} is from another run: {'; '.join(differences)}")
-    return trainer
+        hint = "; --extend allows another --steps" if any(text.startswith("--steps") for text in differences) else ""
+        raise ValueError(f"{checkpoint} is from another run: {'; '.join(differences)}{hint}")
 
 
-def open_log(path: Path, step: int) -> Callable[[dict], None]:
-    """A function that appends a line of JSON to the log, from which all lines past `step` are removed first."""
+def newest_whole_checkpoint(config: TrainConfig, data: list[int]) -> str:
+    """The checkpoint in config.out to go on from, "" when there is none. Damaged ones are named and passed over. Raises
+    ValueError when all are damaged, or it is of another run."""
+    existing = checkpoints(Path(config.out))
+    for checkpoint in reversed(existing):
+        try:
+            load_model(checkpoint)
+            trainer = load_trainer(checkpoint)
+        except (ValueError, OSError) as error:
+            say(f"warning: {error}; passing over it")
+            continue
+        check_same_run(checkpoint, trainer, config, data)
+        return str(checkpoint)
+    if existing:
+        raise ValueError(f"{config.out} has no checkpoint that is whole; give another --out to begin anew")
+    return ""
+
+
+def open_log(path: Path, step: int) -> TextIO:
+    """metrics.jsonl, to append to; all lines past `step` are removed first, as is one that a crash cut short."""
     kept = []
-    if path.exists():
-        for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-            try:
-                if json.loads(line)["step"] <= step and line.endswith("\n"):
-                    kept.append(line)
-            except ValueError:
-                break  # the line that was being written when the run was killed
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []:
+        try:
+            if json.loads(line)["step"] <= step and line.endswith("\n"):
+                kept.append(line)
+        except ValueError:
+            break
     part = path.with_name(path.name + ".tmp")
     part.write_text("".join(kept), encoding="utf-8")
     part.replace(path)
-    log = open(path, "a", encoding="utf-8", buffering=1)
-    return lambda entry: print(json.dumps(entry), file=log)
+    return open(path, "a", encoding="utf-8", buffering=1)
 
 
 def describe(entry: dict, config: TrainConfig, seconds: float) -> str:
@@ -465,20 +547,30 @@ def sample_text(model: GPT, tokenizer_name: str, seed: int, device: torch.device
 # The run
 
 
-def read_meta(directory: Path) -> tuple[str, int]:
-    """The tokenizer of a data directory and its vocabulary size. Shards without a meta.json are other programs', which
-    use GPT-2's. Raises FileNotFoundError when there is no such directory, ValueError when it is not ready."""
+def read_meta(directory: Path) -> dict:
+    """What a data directory says of itself: at least "tokenizer" and "vocab_size". Shards without a meta.json are other
+    programs', with GPT-2's tokens. Raises FileNotFoundError when it is not there, ValueError when it is not ready."""
     if not directory.is_dir():
         raise FileNotFoundError(f"there is no data directory {directory}; make it with prepare_data.py, or give --data")
     if (directory / "progress.json").exists() and not (directory / "meta.json").exists():
         raise ValueError(f"{directory} is not prepared to the end; start prepare_data.py again")
     if not (directory / "meta.json").exists():
-        return "gpt2", MODEL_SIZES["gpt2"].vocab_size
+        return {"tokenizer": "gpt2", "vocab_size": MODEL_SIZES["gpt2"].vocab_size}
     try:
         meta = json.loads((directory / "meta.json").read_text(encoding="utf-8"))
-        return meta["tokenizer"], meta["vocab_size"]
+        return {key: meta[key] for key in ("tokenizer", "vocab_size", "train", "val")}
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{directory}/meta.json is damaged: {error!r}") from error
+
+
+def open_data(config: TrainConfig, name: str, meta: dict) -> Split:
+    """A split of the data, which must hold what meta.json says of it. Raises as open_split does."""
+    split = open_split(Path(config.data), name, config.sequence_length, meta["vocab_size"])
+    if name in meta and sum(split.tokens) != meta[name]["tokens"]:
+        raise ValueError(
+            f"{config.data}: the {name} shards hold {sum(split.tokens)} tokens, meta.json says {meta[name]['tokens']}"
+        )
+    return split
 
 
 def build_model(config: TrainConfig, source: str, tokenizer: str, vocab_size: int) -> GPT:
@@ -497,129 +589,186 @@ def build_model(config: TrainConfig, source: str, tokenizer: str, vocab_size: in
     return model
 
 
-def find_source(config: TrainConfig, job: Job) -> tuple[str, bool]:
+def find_source(config: TrainConfig, data: list[int], job: Job) -> tuple[str, bool]:
     """Where the weights come from ("" for a new model), and whether that is a checkpoint to go on from. Rank 0 looks,
     so that all ranks see the same."""
-    out, found = Path(config.out), ["", False]
+    found = [config.init_from, False]
     if job.rank == 0:
-        existing = checkpoints(out)
-        if not config.resume and not config.eval_only and (existing or (out / "metrics.jsonl").exists()):
-            raise FileExistsError(f"{out} already holds a run; give --resume to go on with it, or another --out")
-        if config.resume and existing:
-            found = [str(existing[-1]), True]
-        elif config.eval_only and not config.init_from:
+        existing = checkpoints(Path(config.out))
+        if not config.resume and not config.eval_only and (existing or (Path(config.out) / "metrics.jsonl").exists()):
+            raise FileExistsError(f"{config.out} already holds a run; give --resume to go on with it, or another --out")
+        if config.eval_only and not config.init_from:
             if not existing:
-                raise FileNotFoundError(f"there is nothing to evaluate: {out} has no checkpoint; give --init-from")
+                raise FileNotFoundError(
+                    f"there is nothing to evaluate: {config.out} has no checkpoint; give --init-from"
+                )
             found = [str(existing[-1]), False]
-        else:
-            found = [config.init_from, False]
+        elif config.resume and (newest := newest_whole_checkpoint(config, data)):
+            found = [newest, True]
     if dist.is_initialized():
         dist.broadcast_object_list(found)
+    if found[1] and not Path(found[0]).is_dir():
+        raise FileNotFoundError(
+            f"rank {job.rank} cannot see {found[0]}; --out must be on a disk that all machines share"
+        )
     return found[0], found[1]
 
 
-def train(config: TrainConfig) -> None:
-    """Run a training, or the rest of one, from the data in config.data to the log and the checkpoints in config.out."""
-    out, data = Path(config.out), Path(config.data)
-    tokenizer, vocab_size = read_meta(data)
-    val = open_split(data, "val", config.sequence_length, vocab_size) if config.eval_every or config.eval_only else None
-    split = open_split(data, "train", config.sequence_length, vocab_size)
+def wrap_model(model: GPT, config: TrainConfig, job: Job) -> tuple[Callable, Callable]:
+    """The model to evaluate with and the one to train with, compiled and made parallel as asked. They share the
+    parameters of `model`, whose names stay plain, and which still runs as it is for sampling."""
+    compiled = torch.compile(model) if compiles(config, job) else model
+    if not dist.is_initialized():
+        return compiled, compiled
+    devices = [job.device] if job.device.type == "cuda" else None
+    return compiled, DistributedDataParallel(compiled, device_ids=devices, gradient_as_bucket_view=True)
+
+
+def compiles(config: TrainConfig, job: Job) -> bool:
+    return job.device.type == "cuda" if config.compile is None else config.compile
+
+
+def divide_optimizer(optimizer: torch.optim.AdamW) -> ZeroRedundancyOptimizer:
+    """The same optimizer with its state divided among the ranks, before it has any."""
+    groups = [{"params": group["params"], "weight_decay": group["weight_decay"]} for group in optimizer.param_groups]
+    settings = {name: optimizer.defaults[name] for name in ("lr", "betas", "eps", "fused")}
+    return ZeroRedundancyOptimizer(groups, torch.optim.AdamW, **settings)
+
+
+def train(config: TrainConfig) -> int:
+    """Run a training, or the rest of one, from the data in config.data to the log and the checkpoints in config.out.
+    Returns the exit status: 0, or 128 and the signal that interrupted it."""
+    out, meta = Path(config.out), read_meta(Path(config.data))
+    val = open_data(config, "val", meta) if config.eval_every or config.eval_only else None
+    split = open_data(config, "train", meta)
     if config.sample_every:
-        get_tokenizer(tokenizer)  # one that cannot be fetched is noticed now
+        get_tokenizer(meta["tokenizer"])  # one that cannot be fetched is noticed now
     job = start_job(config.device)
+    if "train" not in meta:  # other programs' shards
+        check_tokens(split, job)
+    main_process = job.rank == 0
     dtype = choose_dtype(config.dtype, job.device)
-    source, resuming = find_source(config, job)
-    state = load_trainer(Path(source), config, split.tokens) if resuming else None
+    source, resuming = find_source(config, split.tokens, job)
+    state = load_trainer(Path(source)) if resuming else None
 
     torch.manual_seed(config.seed)
-    model = build_model(config, source, tokenizer, vocab_size).to(job.device).train()
+    model = build_model(config, source, meta["tokenizer"], meta["vocab_size"]).to(job.device).train()
     optimizer = configure_optimizer(model, config.max_lr, config.weight_decay, BETAS)
+    if config.zero and dist.is_initialized():
+        optimizer = divide_optimizer(optimizer)
     scaler = torch.amp.GradScaler(job.device.type, enabled=dtype == torch.float16)
     autocast = torch.autocast(job.device.type, dtype=dtype, enabled=dtype != torch.float32)
+    start = 0
     if state:
         optimizer.load_state_dict(state["optimizer"])
         scaler.load_state_dict(state["scaler"])
-    # `compiled` shares the parameters of `model`, whose names stay plain and which still runs as it is for sampling.
-    compile_it = job.device.type == "cuda" if config.compile is None else config.compile
-    compiled = torch.compile(model) if compile_it else model
-    parallel = compiled
-    if dist.is_initialized():
-        devices = [job.device] if job.device.type == "cuda" else None
-        parallel = DistributedDataParallel(compiled, device_ids=devices, gradient_as_bucket_view=True)
+        start = state["step"]
+    compiled, parallel = wrap_model(model, config, job)
 
-    start = state["step"] if state else 0
-    main_process = job.rank == 0
     if main_process:
-        if not config.eval_only:
-            out.mkdir(parents=True, exist_ok=True)
-            write_log = open_log(out / "metrics.jsonl", start)
-        how = f"{job.world_size} x {job.device.type}, {str(dtype).removeprefix('torch.')}{', compiled' * compile_it}"
+        how = f"{job.world_size} x {job.device.type}, {str(dtype).removeprefix('torch.')}"
         origin = f"going on from {source}" if state else f"starting from {source or 'scratch'}"
-        say(f"{parameter_count(model):,} parameters | {sum(split.tokens):,} tokens | {how} | {origin}")
-    peak = peak_flops(job.device, dtype)
-    flops = flops_per_token(replace(model.config, block_size=config.sequence_length))
+        say(
+            f"{parameter_count(model):,} parameters | {sum(split.tokens):,} tokens | {how}"
+            f"{', compiled' if compiles(config, job) else ''} | {origin}"
+        )
+    if config.eval_only:
+        loss = evaluate(model, compiled, val, config, autocast, job)
+        if main_process:
+            say(f"val_loss {loss:.4f} | perplexity {math.exp(loss):.2f}")
+        return 0
+    if main_process:
+        out.mkdir(parents=True, exist_ok=True)
+        log = open_log(out / "metrics.jsonl", start)
+
+    def record(entry: dict, text: str) -> None:
+        if main_process:
+            print(json.dumps(entry), file=log)
+            say(text)
 
     def evaluation(step: int) -> None:
-        model.eval()
-        loss = evaluate(compiled, val, config, autocast, job)
-        model.train()
-        if main_process:
-            if not config.eval_only:
-                write_log({"step": step, "val_loss": loss})
-            say(f"step {step} | val_loss {loss:.4f} | perplexity {math.exp(loss):.2f}")
+        loss = evaluate(model, compiled, val, config, autocast, job)
+        record({"step": step, "val_loss": loss}, f"step {step} | val_loss {loss:.4f} | perplexity {math.exp(loss):.2f}")
 
-    if config.eval_only or (config.eval_every and start == 0):
-        evaluation(start)
-    if config.eval_only:
-        return
-    with ThreadPoolExecutor(1) as loader:
+    def checkpoint(step: int) -> Future | None:
+        """Copy what there is to save to the host; the writing is left to another thread."""
+        if config.zero and dist.is_initialized():
+            optimizer.consolidate_state_dict(to=0)
+        if not main_process:
+            return None
+        synchronize(out / "metrics.jsonl")
+        state = {"step": step, "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
+        trainer = copy_to_host(state) | {"config": asdict(config), "data": split.tokens}
+        arguments = (out, step, copy_model(model), meta["tokenizer"], trainer, config.keep_checkpoints)
+        return writer.submit(save_checkpoint, *arguments)
+
+    peak = peak_flops(job.device, dtype)
+    flops = flops_per_token(replace(model.config, block_size=config.sequence_length))
+    if config.eval_every and start == 0:
+        evaluation(0)
+    with ThreadPoolExecutor(1) as loader, ThreadPoolExecutor(1) as writer, noted_signals() as signals:
         ahead = loader.submit(load_batch, split, config, start + 1, job)
+        writing, saved, bad_norms = None, start, 0
         since, logged = time.perf_counter(), start
         for step in range(start + 1, config.steps + 1):
             batch = ahead.result().to(job.device, non_blocking=True)
             ahead = loader.submit(load_batch, split, config, step + 1, job)
+            lr = learning_rate(step, config)
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, config)
+                group["lr"] = lr
             # Dropout draws from (seed, step, rank), not from what was drawn before: a resumed run draws the same.
             torch.manual_seed(int(np.random.SeedSequence([config.seed, step, job.rank]).generate_state(1)[0]))
-            loss, norm = train_step(parallel, optimizer, scaler, batch, autocast, config.grad_clip)
+            loss, norm = compute_gradients(parallel, optimizer, scaler, batch, autocast, config.grad_clip)
 
             last = step == config.steps
-            if step % config.log_every == 0 or last:
-                mean_loss = float(sum_over_ranks(loss, job)) / job.world_size  # waits for the device
+            logs = last or step % config.log_every == 0
+            saves = last or (config.checkpoint_every > 0 and step % config.checkpoint_every == 0)
+            if logs or saves:  # only here is the device waited for
+                loss, interrupted = sum_over_ranks(torch.stack([loss, loss.new_tensor(len(signals))]), job).tolist()
+                loss, norm = loss / job.world_size, float(norm)
+                bad_norms = bad_norms + 1 if not math.isfinite(norm) else 0
+                if not math.isfinite(loss) or bad_norms > (FLOAT16_SKIPS if scaler.is_enabled() else 0):
+                    raise FloatingPointError(
+                        f"at step {step} the loss is {loss} and the norm of the gradient {norm}; the update is not "
+                        f"applied, and the last good checkpoint in {out} is {f'of step {saved}' if saved else 'none'}"
+                    )
+                saves = saves or interrupted > 0
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad(set_to_none=True)
+            if logs:
                 seconds = (time.perf_counter() - since) / (step - logged)
                 rate = config.total_batch_tokens / seconds
-                entry = {
-                    "step": step,
-                    "train_loss": mean_loss,
-                    "lr": learning_rate(step, config),
-                    "grad_norm": float(norm),
-                }
-                entry["tokens_per_second"] = rate
+                entry = {"step": step, "train_loss": loss, "lr": lr, "grad_norm": norm, "tokens_per_second": rate}
                 if peak:
                     entry["mfu"] = rate * flops / (peak * job.world_size)
-                if main_process:
-                    write_log(entry)
-                    say(describe(entry, config, seconds))
+                record(entry, describe(entry, config, seconds))
                 since, logged = time.perf_counter(), step
             pause = time.perf_counter()
-            if config.eval_every and (step % config.eval_every == 0 or last):
+            if config.eval_every and (last or step % config.eval_every == 0):
                 evaluation(step)
-            if main_process and config.sample_every and (step % config.sample_every == 0 or last):
-                say(sample_text(model, tokenizer, config.seed, job.device))
-            if main_process and (last or (config.checkpoint_every and step % config.checkpoint_every == 0)):
-                trainer = {
-                    "step": step,
-                    "optimizer": optimizer.state_dict(),
-                    "scaler": scaler.state_dict(),
-                    "config": asdict(config),
-                    "data": split.tokens,
-                }
-                path = save_checkpoint(out, step, model, tokenizer, trainer, config.keep_checkpoints)
-                say(f"step {step} | checkpoint {path}")
+            if main_process and config.sample_every and (last or step % config.sample_every == 0):
+                say(sample_text(model, meta["tokenizer"], config.seed, job.device))
+            if saves:
+                if writing:
+                    writing.result()
+                writing, saved = checkpoint(step), step
+                if main_process:
+                    say(f"step {step} | checkpoint {out / f'step_{step:06d}'}")
             since += time.perf_counter() - pause  # what is not training is not in its rate
+            if (logs or saves) and interrupted and not last:
+                break
+        if writing:
+            writing.result()
+    if start < config.steps and step < config.steps:
+        if main_process:
+            say(
+                f"interrupted after step {step}; the same command with --resume goes on from {out / f'step_{step:06d}'}"
+            )
+        return 128 + (signals[0] if signals else signal.SIGTERM)
     if main_process:
         say(f"{config.steps} steps done; sample from the model with: python sample.py --model {checkpoints(out)[-1]}")
+    return 0
 
 
 def say(text: str) -> None:
@@ -643,13 +792,16 @@ def main(argv: list[str] | None = None) -> None:
     except ValueError as error:
         fail(str(error), 2)
     try:
-        train(config)
+        status = train(config)
     except KeyboardInterrupt:
         sys.exit(130)
+    except FloatingPointError as error:  # all ranks see it
+        fail(str(error), 1) if os.environ.get("RANK", "0") == "0" else sys.exit(1)
     except (ValueError, OSError) as error:
         fail(str(error), 1)
     if dist.is_initialized():
         dist.destroy_process_group()
+    sys.exit(status)
 
 
 if __name__ == "__main__":
