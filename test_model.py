@@ -7,6 +7,7 @@ Everything here is real: files in a temporary directory, processes that are kill
 GPU.
 """
 
+import contextlib
 import gzip
 import hashlib
 import http.server
@@ -18,6 +19,7 @@ import os
 import re
 import resource
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -568,7 +570,7 @@ def test_full_disk_ends_in_one_line_and_can_go_on(tmp_path: Path) -> None:
 
 
 def test_memory_does_not_grow_with_the_corpus(tmp_path: Path) -> None:
-    """The largest process of a preparation, as the operating system accounts for it, for one and for ten times a text."""
+    """The largest process of a preparation, by the operating system's account, for one and for ten times a text."""
     # By a small process in between: a child inherits the peak of the one that starts it.
     measure = "import resource, subprocess, sys; subprocess.run(sys.argv[1:], check=True); "
     measure += "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"
@@ -809,31 +811,161 @@ def start_ranks(ranks: int, *options: object) -> list[subprocess.Popen]:
     return processes
 
 
+def wait_for_steps(out: Path, steps: int, process: subprocess.Popen) -> None:
+    """Return as soon as the log of a run has so many updates."""
+    log, deadline = out / "metrics.jsonl", time.monotonic() + TIMEOUT
+    while not (log.exists() and log.read_text().count("train_loss") >= steps):
+        assert process.poll() is None and time.monotonic() < deadline
+
+
+def assert_same_run(first: Path, second: Path, checkpoint: str) -> None:
+    """Weights, optimizer state and log are the same to the bit."""
+    assert_same_weights(first / checkpoint, second / checkpoint)
+    states = [torch.load(out / checkpoint / "trainer.pt", weights_only=True)["optimizer"] for out in (first, second)]
+    assert states[0]["param_groups"] == states[1]["param_groups"]
+    one, other = (state["state"] for state in states)
+    assert one.keys() == other.keys() and len(one) > 10
+    assert all(torch.equal(one[i][part], other[i][part]) for i in one for part in ("exp_avg", "exp_avg_sq", "step"))
+    assert read_log(first) == read_log(second)
+
+
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_law_3_killed_and_resumed_is_never_killed(ranks: int, data: Path, tmp_path: Path) -> None:
-    changes = {"steps": 30, "checkpoint_every": 3, "eval_every": 10, "dropout": 0.1, "total_batch_tokens": 256}
-    processes = start_ranks(ranks, *flags(data, tmp_path / "killed", **changes))
-    log, deadline = tmp_path / "killed" / "metrics.jsonl", time.monotonic() + TIMEOUT
-    while not (log.exists() and log.read_text().count("train_loss") >= 10) and time.monotonic() < deadline:
-        assert processes[0].poll() is None
+def test_law_3_stopped_killed_and_resumed_is_never_stopped(ranks: int, data: Path, tmp_path: Path) -> None:
+    changes = {"steps": 40, "checkpoint_every": 3, "eval_every": 10, "dropout": 0.1, "total_batch_tokens": 256}
+    out = tmp_path / "killed"
+    processes = start_ranks(ranks, *flags(data, out, **changes))
+    wait_for_steps(out, 5, processes[0])
+    for process in processes:
+        process.terminate()
+    assert [process.wait(timeout=TIMEOUT) for process in processes] == [128 + signal.SIGTERM] * ranks
+    step = read_log(out)[-1]["step"]
+    assert train.checkpoints(out)[-1].name == f"step_{step:06d}" and step < 40  # it saved what it had
+
+    processes = start_ranks(ranks, *flags(data, out, **changes, resume=True))
+    wait_for_steps(out, step + 8, processes[0])
     for process in processes:
         process.kill()
         process.wait(timeout=TIMEOUT)
-    last = train.checkpoints(tmp_path / "killed")[-1].name
-    assert last < "step_000030"
+    last = train.checkpoints(out)[-1].name
+    assert last < "step_000040"
     name, *rest = ("train.py",) if ranks == 1 else ("torchrun", "--standalone", "--nproc_per_node=2", ROOT / "train.py")
-    resumed = run(name, *rest, *flags(data, tmp_path / "killed", **changes, resume=True))
-    assert f"going on from {tmp_path / 'killed' / last}" in resumed.stdout
+    assert f"going on from {out / last}" in run(name, *rest, *flags(data, out, **changes, resume=True)).stdout
     run(name, *rest, *flags(data, tmp_path / "whole", **changes))
-    assert [path.name for path in train.checkpoints(tmp_path / "killed")] == ["step_000027", "step_000030"]
-    assert_same_weights(tmp_path / "killed" / "step_000030", tmp_path / "whole" / "step_000030")
-    paths = [tmp_path / name / "step_000030" / "trainer.pt" for name in ("killed", "whole")]
-    first, second = (torch.load(path, weights_only=True)["optimizer"]["state"] for path in paths)
-    assert first.keys() == second.keys() and len(first) > 10
-    assert all(
-        torch.equal(first[i][part], second[i][part]) for i in first for part in ("exp_avg", "exp_avg_sq", "step")
-    )
-    assert read_log(tmp_path / "killed") == read_log(tmp_path / "whole")
+    assert [path.name for path in train.checkpoints(out)] == ["step_000039", "step_000040"]
+    assert_same_run(out, tmp_path / "whole", "step_000040")
+
+
+def test_a_killed_worker_is_healed_by_torchrun(data: Path, tmp_path: Path) -> None:
+    changes = {"steps": 40, "checkpoint_every": 3, "total_batch_tokens": 256}
+    torchrun = ["--standalone", "--nproc_per_node=2", "--max-restarts=1", ROOT / "train.py"]
+    command = [sys.executable, "-m", "torch.distributed.run", *torchrun]
+    command += flags(data, tmp_path / "healed", **changes, resume=True)
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with open(tmp_path / "output", "w") as output:
+        agent = subprocess.Popen([str(part) for part in command], env=env, stdout=output, stderr=output)
+    wait_for_steps(tmp_path / "healed", 8, agent)
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # processes come and go
+            ours = str(tmp_path).encode() in (process / "cmdline").read_bytes()
+            if ours and b"\0RANK=1\0" in (process / "environ").read_bytes():
+                os.kill(int(process.name), signal.SIGKILL)
+    assert agent.wait(timeout=TIMEOUT) == 0
+    assert (tmp_path / "output").read_text().count("| going on from") == 1
+    run("torchrun", *torchrun, *flags(data, tmp_path / "whole", **changes))
+    assert_same_run(tmp_path / "healed", tmp_path / "whole", "step_000040")
+
+
+def test_run_goes_on_with_other_ranks_and_divided_optimizer(data: Path, tmp_path: Path) -> None:
+    changes = {"checkpoint_every": 2, "keep_checkpoints": 0, "eval_every": 2}
+    whole = run_train(data, tmp_path / "whole", **changes)
+    shutil.copytree(tmp_path / "whole", tmp_path / "moved")
+
+    def cut_back(step: int) -> None:
+        for checkpoint in train.checkpoints(tmp_path / "moved"):
+            if int(checkpoint.name[5:]) > step:
+                shutil.rmtree(checkpoint)
+
+    cut_back(2)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    two_machines = ["--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{port}"]
+    options = flags(data, tmp_path / "moved", **changes | {"micro_batch_size": 2}, resume=True, zero=True)
+    command = [sys.executable, "-m", "torch.distributed.run", *two_machines, str(ROOT / "train.py"), *options]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    agents = [subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) for _ in range(2)]
+    outputs = [agent.communicate(timeout=TIMEOUT)[0].decode() for agent in agents]
+    assert [agent.returncode for agent in agents] == [0, 0], outputs
+    assert sum("6 steps done" in output for output in outputs) == 1  # rank 0 alone speaks
+    assert_same_weights(whole, tmp_path / "moved" / "step_000006", tolerance=1e-4)
+
+    cut_back(4)  # written by two ranks with half of the optimizer each, and resumed by one
+    again = run_train(data, tmp_path / "moved", **changes, resume=True)
+    assert_same_weights(whole, again, tolerance=1e-4)
+    for one, two in zip(read_log(tmp_path / "whole"), read_log(tmp_path / "moved"), strict=True):
+        assert one == pytest.approx(two, rel=1e-4)
+
+
+def test_steps_can_be_raised_on_purpose_only(
+    data: Path, tmp_path: Path, tiny_size: None, capsys: pytest.CaptureFixture
+) -> None:
+    run_train(data, tmp_path, steps=3)
+    message = refusal(train.main, capsys, *flags(data, tmp_path, steps=5, resume=True))
+    assert "--steps was 3 and is now 5; --extend allows another --steps" in message
+    assert run_train(data, tmp_path, steps=5, resume=True, extend=True).name == "step_000005"
+    assert [line["step"] for line in read_log(tmp_path)] == [0, 1, 2, 3, 3, 4, 5, 5]
+
+
+def test_divergence_stops_the_run_before_the_update(
+    data: Path, tmp_path: Path, tiny_size: None, capsys: pytest.CaptureFixture
+) -> None:
+    changes = {"steps": 9, "warmup_steps": 0, "max_lr": 1e30, "min_lr": 1e30, "checkpoint_every": 1, "eval_every": 0}
+    message = refusal(train.main, capsys, *flags(data, tmp_path, **changes))
+    said = re.fullmatch(r"train.py: error: at step (\d) the loss is .*not applied.*of step (\d)", message)
+    step, good = int(said[1]), int(said[2])
+    assert good == step - 1 and train.checkpoints(tmp_path)[-1].name == f"step_{good:06d}"
+    assert all(math.isfinite(line["train_loss"]) for line in read_log(tmp_path)) and len(read_log(tmp_path)) == good
+
+
+def test_damaged_checkpoint_is_passed_over(
+    data: Path, tmp_path: Path, tiny_size: None, capsys: pytest.CaptureFixture
+) -> None:
+    whole = run_train(data, tmp_path / "whole")
+    for name in ("model.safetensors", "trainer.pt", "config.json"):
+        out = tmp_path / name
+        shutil.copytree(tmp_path / "whole", out)
+        damaged = out / "step_000006" / name
+        damaged.write_bytes(damaged.read_bytes()[: damaged.stat().st_size // 2])
+        (out / "step_000009.tmp").mkdir()  # one that was being written when the machine died
+        capsys.readouterr()
+        assert_same_weights(run_train(data, out, resume=True), whole)
+        said = capsys.readouterr().out
+        assert re.search(rf"warning: \S*{name} is damaged.*passing over it", said) and "step_000003" in said
+        assert read_log(out) == read_log(tmp_path / "whole")
+
+
+def test_full_disk_loses_no_checkpoint(data: Path, tmp_path: Path) -> None:
+    changes = {"steps": 2, "checkpoint_every": 1, "eval_every": 0}
+    done = run("train.py", *flags(data, tmp_path / "out", **changes), status=1, largest_file=1_000_000)
+    assert re.fullmatch(r"train.py: error: \S*step_000001 could not be written .*\n", done.stderr)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["metrics.jsonl"]
+    run("train.py", *flags(data, tmp_path / "out", **changes, resume=True))
+    assert len(read_log(tmp_path / "out")) == 2
+
+
+def test_reading_data_does_not_fill_the_memory(tmp_path: Path) -> None:
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    tokens = 30_000_000
+    with open(tmp_path / "train_000000.bin", "wb") as file:
+        file.write(np.array([20240520, 1, tokens, *[0] * 253], dtype="<i4").tobytes() + bytes(2 * tokens))
+    split = train.open_split(tmp_path, "train", 1024, 257)
+    train.read_sequences(split, np.arange(100))
+    before = resident()
+    for start in range(0, int(split.first[-1]), 500):
+        train.read_sequences(split, np.arange(start, min(start + 500, int(split.first[-1]))))
+    assert resident() - before < 20e6  # of 60 MB
 
 
 def test_compiled_run_evaluates_samples_and_trains_the_same(data: Path, tmp_path: Path, tiny_size: None) -> None:
@@ -876,6 +1008,8 @@ def test_shards_of_other_programs_are_read_and_bad_ones_are_named(data: Path, tm
     assert train.read_sequences(split, np.array([4]))[0].tolist() == [*range(40, 50), 50256]
     with pytest.raises(ValueError, match=r"fineweb_train_000001.bin holds token 50256, outside the vocabulary of 257"):
         train.read_sequences(split._replace(vocab_size=257), np.array([4]))
+    with pytest.raises(ValueError, match=r"fineweb_train_000001.bin holds token 50256, outside the vocabulary of 257"):
+        train.check_tokens(split._replace(vocab_size=257), train.Job(0, 1, CPU))
     with pytest.raises(ValueError, match="no train shard holds a sequence of 51 tokens"):
         train.open_split(tmp_path, "train", 51, 50257)
     for bad, message in [
@@ -932,6 +1066,11 @@ def test_train_says_what_is_wrong_in_one_line(
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
     run_train(data, out, resume=True)  # a finished run: nothing left to do
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+    shutil.copytree(data, tmp_path / "changed")
+    (tmp_path / "changed" / "train_000002.bin").unlink()
+    assert "meta.json says" in refused(data=tmp_path / "changed", resume=True)
+    (tmp_path / "changed" / "meta.json").unlink()
+    assert "are not those of before" in refused(data=tmp_path / "changed", resume=True)
     (checkpoint / "trainer.pt").write_bytes(b"PK")
     shutil.rmtree(out / "step_000003")
     assert "has no checkpoint that is whole" in refused(resume=True)

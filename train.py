@@ -20,7 +20,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import lru_cache
@@ -30,6 +30,7 @@ from typing import Any, NamedTuple, NoReturn, TextIO
 import numpy as np
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 
@@ -350,65 +351,6 @@ def load_batch(split: Split, config: TrainConfig, step: int, job: Job) -> torch.
     return batch.pin_memory() if job.device.type == "cuda" else batch
 
 
-# One update, and evaluation
-
-
-def compute_gradients(
-    model: Callable,
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
-    batch: torch.Tensor,
-    autocast: torch.autocast,
-    grad_clip: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """
-    The clipped gradients of a (accumulation steps, B, T + 1) batch on the device. `model` is the GPT, compiled or
-    wrapped in DistributedDataParallel or both. Returns this rank's mean loss and the norm of the whole gradient before
-    clipping, as scalars on the device: nothing here waits for it.
-    """
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    total = torch.zeros((), device=batch.device)
-    for i, sequences in enumerate(batch):
-        # Gradients are exchanged in the last micro-step only. The forward is inside too: it is there that
-        # DistributedDataParallel reads the flag.
-        accumulating = isinstance(model, DistributedDataParallel) and i + 1 < len(batch)
-        with model.no_sync() if accumulating else nullcontext():
-            with autocast:
-                loss = model(sequences[:, :-1], sequences[:, 1:]) / len(batch)
-            scaler.scale(loss).backward()
-        total += loss.detach()
-    scaler.unscale_(optimizer)
-    return total, torch.nn.utils.clip_grad_norm_(parameters, grad_clip or math.inf)
-
-
-@torch.no_grad()
-def evaluate(
-    model: GPT, compiled: Callable, split: Split, config: TrainConfig, autocast: torch.autocast, job: Job
-) -> float:
-    """
-    The mean loss, in nats per token, over the first eval_tokens of a split, each scored once, on all ranks together.
-    `compiled` is the model, or what compiles it.
-
-    Every batch has the same shape, so that a compiled model is compiled once: rows that are missing at the end have -1
-    for targets, which the loss leaves out.
-    """
-    B, T = config.micro_batch_size, split.sequence_length
-    sequences = min(max(1, config.eval_tokens // T), int(split.first[-1]))
-    losses, counts = [torch.zeros((), device=job.device)], [0]
-    model.eval()
-    for start in range(job.rank * B, sequences, job.world_size * B):
-        count = min(B, sequences - start)
-        tokens, targets = torch.zeros(B, T, dtype=torch.int64), torch.full((B, T), -1)
-        batch = torch.from_numpy(read_sequences(split, np.arange(start, start + count)))
-        tokens[:count], targets[:count] = batch[:, :-1], batch[:, 1:]
-        with autocast:
-            losses.append(compiled(tokens.to(job.device), targets.to(job.device)).float())
-        counts.append(count)
-    model.train()
-    total = (torch.stack(losses).cpu().double() * torch.tensor(counts)).sum()
-    return float(sum_over_ranks(total, job)) / sequences
-
-
 # Checkpoints and the log
 
 
@@ -427,23 +369,20 @@ def copy_to_host(value: Any) -> Any:  # noqa: ANN401 (tensors in dicts and lists
     return [copy_to_host(item) for item in value] if isinstance(value, list) else value
 
 
-def copy_model(model: GPT) -> GPT:
-    """A copy of a model on the CPU."""
-    with torch.device("meta"):
-        copy = GPT(model.config)
-    copy.load_state_dict(copy_to_host(dict(model.state_dict())), assign=True)
-    return copy
-
-
-def save_checkpoint(out: Path, step: int, model: GPT, tokenizer: str, trainer: dict, keep: int) -> None:
-    """Write `step_NNNNNN`, under another name until it is whole and on disk, then remove all but the newest `keep`."""
+def save_checkpoint(out: Path, step: int, model: GPT, trainer: dict, tokenizer: str, keep: int) -> None:
+    """Write `step_NNNNNN`, under another name until it is whole and on disk, then remove all but the newest `keep`.
+    Raises OSError when it cannot be written."""
     final = out / f"step_{step:06d}"
     part = out / f"{final.name}.tmp"
     shutil.rmtree(part, ignore_errors=True)
-    save_model(model, part, tokenizer)
-    torch.save(trainer, part / "trainer.pt")
-    for path in (*part.iterdir(), part):
-        synchronize(path)
+    try:
+        save_model(model, part, tokenizer)
+        torch.save(trainer, part / "trainer.pt")
+        for path in (*part.iterdir(), part):
+            synchronize(path)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        shutil.rmtree(part, ignore_errors=True)
+        raise OSError(f"{final} could not be written ({error}); make room, and --resume goes on") from error
     shutil.rmtree(final, ignore_errors=True)  # a damaged one that was passed over
     part.rename(final)
     synchronize(out)
@@ -535,6 +474,12 @@ def describe(entry: dict, config: TrainConfig, seconds: float) -> str:
     return " | ".join(parts)
 
 
+def describe_evaluation(entry: dict) -> str:
+    """A line for the terminal about an evaluation."""
+    at = f"step {entry['step']} | " if "step" in entry else ""
+    return f"{at}val_loss {entry['val_loss']:.4f} | perplexity {math.exp(entry['val_loss']):.2f}"
+
+
 def sample_text(model: GPT, tokenizer_name: str, seed: int, device: torch.device) -> str:
     """100 tokens of text that the model begins by itself."""
     tokenizer = get_tokenizer(tokenizer_name)
@@ -614,18 +559,75 @@ def find_source(config: TrainConfig, data: list[int], job: Job) -> tuple[str, bo
     return found[0], found[1]
 
 
-def wrap_model(model: GPT, config: TrainConfig, job: Job) -> tuple[Callable, Callable]:
-    """The model to evaluate with and the one to train with, compiled and made parallel as asked. They share the
-    parameters of `model`, whose names stay plain, and which still runs as it is for sampling."""
-    compiled = torch.compile(model) if compiles(config, job) else model
-    if not dist.is_initialized():
-        return compiled, compiled
-    devices = [job.device] if job.device.type == "cuda" else None
-    return compiled, DistributedDataParallel(compiled, device_ids=devices, gradient_as_bucket_view=True)
+class Run(NamedTuple):
+    """What a run consists of when it is set up. `compiled` and `parallel` run `model`, the one compiled (or not), the
+    other wrapped for training on several ranks (or not); the parameters and their plain names are those of `model`."""
+
+    job: Job
+    model: GPT
+    compiled: Callable
+    parallel: Callable
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    dtype: torch.dtype
+    autocast: torch.autocast
+    tokenizer: str
+    train_split: Split
+    val_split: Split | None
+    start: int  # the updates that were made before
+    description: str
 
 
-def compiles(config: TrainConfig, job: Job) -> bool:
-    return job.device.type == "cuda" if config.compile is None else config.compile
+def set_up(config: TrainConfig) -> Run:
+    """Check the data, join the other processes, and make the model and the optimizer or take them from a checkpoint."""
+    meta = read_meta(Path(config.data))
+    val_split = open_data(config, "val", meta) if config.eval_every or config.eval_only else None
+    train_split = open_data(config, "train", meta)
+    if config.sample_every:
+        get_tokenizer(meta["tokenizer"])  # one that cannot be fetched is noticed now
+    job = start_job(config.device)
+    if "train" not in meta:  # other programs' shards
+        check_tokens(train_split, job)
+    dtype = choose_dtype(config.dtype, job.device)
+    source, resuming = find_source(config, train_split.tokens, job)
+
+    torch.manual_seed(config.seed)
+    model = build_model(config, source, meta["tokenizer"], meta["vocab_size"]).to(job.device).train()
+    optimizer = configure_optimizer(model, config.max_lr, config.weight_decay, BETAS)
+    if config.zero and job.world_size > 1:
+        optimizer = divide_optimizer(optimizer)
+    scaler = torch.amp.GradScaler(job.device.type, enabled=dtype == torch.float16)
+    start = 0
+    if resuming:
+        state = load_trainer(Path(source))
+        optimizer.load_state_dict(state["optimizer"])
+        scaler.load_state_dict(state["scaler"])
+        start = state["step"]
+    compiles = job.device.type == "cuda" if config.compile is None else config.compile
+    compiled = parallel = torch.compile(model) if compiles else model
+    if dist.is_initialized():
+        devices = [job.device] if job.device.type == "cuda" else None
+        parallel = DistributedDataParallel(compiled, device_ids=devices, gradient_as_bucket_view=True)
+    description = (
+        f"{parameter_count(model):,} parameters | {sum(train_split.tokens):,} tokens | {job.world_size} x "
+        f"{job.device.type}, {str(dtype).removeprefix('torch.')}{', compiled' if compiles else ''} | "
+        f"{'going on' if resuming else 'starting'} from {source or 'scratch'}"
+    )
+    return Run(
+        job=job,
+        model=model,
+        compiled=compiled,
+        parallel=parallel,
+        optimizer=optimizer,
+        scaler=scaler,
+        dtype=dtype,
+        autocast=torch.autocast(job.device.type, dtype=dtype, enabled=dtype != torch.float32),
+        tokenizer=meta["tokenizer"],
+        train_split=train_split,
+        val_split=val_split,
+        start=start,
+        description=description,
+    )
 
 
 def divide_optimizer(optimizer: torch.optim.AdamW) -> ZeroRedundancyOptimizer:
@@ -635,107 +637,124 @@ def divide_optimizer(optimizer: torch.optim.AdamW) -> ZeroRedundancyOptimizer:
     return ZeroRedundancyOptimizer(groups, torch.optim.AdamW, **settings)
 
 
+def compute_gradients(run: Run, batch: torch.Tensor, grad_clip: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    The clipped gradients of this rank's part of a batch, (accumulation steps, B, T + 1) on the device. Returns this
+    rank's mean loss and the norm of the whole gradient before clipping, as scalars on the device: nothing here waits
+    for it.
+    """
+    total = torch.zeros((), device=batch.device)
+    for i, sequences in enumerate(batch):
+        # Gradients are exchanged in the last micro-step only. The forward is inside too: it is there that
+        # DistributedDataParallel reads the flag.
+        accumulating = run.parallel is not run.compiled and i + 1 < len(batch)
+        with run.parallel.no_sync() if accumulating else nullcontext():
+            with run.autocast:
+                loss = run.parallel(sequences[:, :-1], sequences[:, 1:]) / len(batch)
+            run.scaler.scale(loss).backward()
+        total += loss.detach()
+    run.scaler.unscale_(run.optimizer)
+    return total, torch.nn.utils.clip_grad_norm_(run.model.parameters(), grad_clip or math.inf)
+
+
+@torch.no_grad()
+def evaluate(run: Run, config: TrainConfig) -> dict[str, float]:
+    """
+    "val_loss": the mean loss, in nats per token, over the first eval_tokens of the validation split, each scored once,
+    on all ranks together.
+
+    Every batch has the same shape, so that a compiled model is compiled once: rows that are missing at the end have -1
+    for targets, which the loss leaves out.
+    """
+    job, split, B, T = run.job, run.val_split, config.micro_batch_size, config.sequence_length
+    sequences = min(max(1, config.eval_tokens // T), int(split.first[-1]))
+    losses, counts = [torch.zeros((), device=job.device)], [0]
+    run.model.eval()
+    for start in range(job.rank * B, sequences, job.world_size * B):
+        count = min(B, sequences - start)
+        tokens, targets = torch.zeros(B, T, dtype=torch.int64), torch.full((B, T), -1)
+        batch = torch.from_numpy(read_sequences(split, np.arange(start, start + count)))
+        tokens[:count], targets[:count] = batch[:, :-1], batch[:, 1:]
+        with run.autocast:
+            losses.append(run.compiled(tokens.to(job.device), targets.to(job.device)).float())
+        counts.append(count)
+    run.model.train()
+    total = torch.stack(losses).cpu().double() @ torch.tensor(counts, dtype=torch.float64)
+    return {"val_loss": float(sum_over_ranks(total, job)) / sequences}
+
+
+def checkpoint_contents(run: Run, config: TrainConfig, step: int) -> tuple[GPT, dict] | None:
+    """A copy on the host of what a checkpoint holds, so that training need not wait for the writing; on rank 0 only,
+    though all ranks must ask."""
+    if isinstance(run.optimizer, ZeroRedundancyOptimizer):
+        run.optimizer.consolidate_state_dict(to=0)
+    if run.job.rank > 0:
+        return None
+    with torch.device("meta"):
+        model = GPT(run.model.config)
+    model.load_state_dict(copy_to_host(dict(run.model.state_dict())), assign=True)
+    state = {"step": step, "optimizer": run.optimizer.state_dict(), "scaler": run.scaler.state_dict()}
+    return model, copy_to_host(state) | {"config": asdict(config), "data": run.train_split.tokens}
+
+
 def train(config: TrainConfig) -> int:
     """Run a training, or the rest of one, from the data in config.data to the log and the checkpoints in config.out.
-    Returns the exit status: 0, or 128 and the signal that interrupted it."""
-    out, meta = Path(config.out), read_meta(Path(config.data))
-    val = open_data(config, "val", meta) if config.eval_every or config.eval_only else None
-    split = open_data(config, "train", meta)
-    if config.sample_every:
-        get_tokenizer(meta["tokenizer"])  # one that cannot be fetched is noticed now
-    job = start_job(config.device)
-    if "train" not in meta:  # other programs' shards
-        check_tokens(split, job)
-    main_process = job.rank == 0
-    dtype = choose_dtype(config.dtype, job.device)
-    source, resuming = find_source(config, split.tokens, job)
-    state = load_trainer(Path(source)) if resuming else None
-
-    torch.manual_seed(config.seed)
-    model = build_model(config, source, meta["tokenizer"], meta["vocab_size"]).to(job.device).train()
-    optimizer = configure_optimizer(model, config.max_lr, config.weight_decay, BETAS)
-    if config.zero and dist.is_initialized():
-        optimizer = divide_optimizer(optimizer)
-    scaler = torch.amp.GradScaler(job.device.type, enabled=dtype == torch.float16)
-    autocast = torch.autocast(job.device.type, dtype=dtype, enabled=dtype != torch.float32)
-    start = 0
-    if state:
-        optimizer.load_state_dict(state["optimizer"])
-        scaler.load_state_dict(state["scaler"])
-        start = state["step"]
-    compiled, parallel = wrap_model(model, config, job)
-
+    Returns the exit status: 0, or 128 + the signal that interrupted it. Raises FloatingPointError when it diverges."""
+    run = set_up(config)
+    job, out, main_process = run.job, Path(config.out), run.job.rank == 0
     if main_process:
-        how = f"{job.world_size} x {job.device.type}, {str(dtype).removeprefix('torch.')}"
-        origin = f"going on from {source}" if state else f"starting from {source or 'scratch'}"
-        say(
-            f"{parameter_count(model):,} parameters | {sum(split.tokens):,} tokens | {how}"
-            f"{', compiled' if compiles(config, job) else ''} | {origin}"
-        )
+        say(run.description)
     if config.eval_only:
-        loss = evaluate(model, compiled, val, config, autocast, job)
+        evaluation = evaluate(run, config)
         if main_process:
-            say(f"val_loss {loss:.4f} | perplexity {math.exp(loss):.2f}")
+            say(describe_evaluation(evaluation))
         return 0
     if main_process:
         out.mkdir(parents=True, exist_ok=True)
-        log = open_log(out / "metrics.jsonl", start)
+        log = open_log(out / "metrics.jsonl", run.start)
 
     def record(entry: dict, text: str) -> None:
         if main_process:
             print(json.dumps(entry), file=log)
             say(text)
 
-    def evaluation(step: int) -> None:
-        loss = evaluate(model, compiled, val, config, autocast, job)
-        record({"step": step, "val_loss": loss}, f"step {step} | val_loss {loss:.4f} | perplexity {math.exp(loss):.2f}")
-
-    def checkpoint(step: int) -> Future | None:
-        """Copy what there is to save to the host; the writing is left to another thread."""
-        if config.zero and dist.is_initialized():
-            optimizer.consolidate_state_dict(to=0)
-        if not main_process:
-            return None
-        synchronize(out / "metrics.jsonl")
-        state = {"step": step, "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
-        trainer = copy_to_host(state) | {"config": asdict(config), "data": split.tokens}
-        arguments = (out, step, copy_model(model), meta["tokenizer"], trainer, config.keep_checkpoints)
-        return writer.submit(save_checkpoint, *arguments)
-
-    peak = peak_flops(job.device, dtype)
-    flops = flops_per_token(replace(model.config, block_size=config.sequence_length))
-    if config.eval_every and start == 0:
-        evaluation(0)
+    if config.eval_every and run.start == 0:
+        evaluation = {"step": 0} | evaluate(run, config)
+        record(evaluation, describe_evaluation(evaluation))
+    peak = peak_flops(job.device, run.dtype)
+    flops = flops_per_token(replace(run.model.config, block_size=config.sequence_length))
     with ThreadPoolExecutor(1) as loader, ThreadPoolExecutor(1) as writer, noted_signals() as signals:
-        ahead = loader.submit(load_batch, split, config, start + 1, job)
-        writing, saved, bad_norms = None, start, 0
-        since, logged = time.perf_counter(), start
-        for step in range(start + 1, config.steps + 1):
+        ahead = loader.submit(load_batch, run.train_split, config, run.start + 1, job)
+        step = logged = saved = run.start
+        writing, interrupted, bad_norms, since = None, 0, 0, time.perf_counter()
+        while step < config.steps and not interrupted:
+            step += 1
             batch = ahead.result().to(job.device, non_blocking=True)
-            ahead = loader.submit(load_batch, split, config, step + 1, job)
+            ahead = loader.submit(load_batch, run.train_split, config, step + 1, job)
             lr = learning_rate(step, config)
-            for group in optimizer.param_groups:
+            for group in run.optimizer.param_groups:
                 group["lr"] = lr
             # Dropout draws from (seed, step, rank), not from what was drawn before: a resumed run draws the same.
             torch.manual_seed(int(np.random.SeedSequence([config.seed, step, job.rank]).generate_state(1)[0]))
-            loss, norm = compute_gradients(parallel, optimizer, scaler, batch, autocast, config.grad_clip)
+            loss, norm = compute_gradients(run, batch, config.grad_clip)
 
-            last = step == config.steps
-            logs = last or step % config.log_every == 0
-            saves = last or (config.checkpoint_every > 0 and step % config.checkpoint_every == 0)
-            if logs or saves:  # only here is the device waited for
+            logs, evaluates, samples, saves = (
+                step == config.steps or (every > 0 and step % every == 0)
+                for every in (config.log_every, config.eval_every, config.sample_every, config.checkpoint_every)
+            )
+            if logs or saves or (signals and job.world_size == 1):  # only then is the device waited for
                 loss, interrupted = sum_over_ranks(torch.stack([loss, loss.new_tensor(len(signals))]), job).tolist()
                 loss, norm = loss / job.world_size, float(norm)
-                bad_norms = bad_norms + 1 if not math.isfinite(norm) else 0
-                if not math.isfinite(loss) or bad_norms > (FLOAT16_SKIPS if scaler.is_enabled() else 0):
+                bad_norms = 0 if math.isfinite(norm) else bad_norms + 1
+                if not math.isfinite(loss) or bad_norms > (FLOAT16_SKIPS if run.scaler.is_enabled() else 0):
                     raise FloatingPointError(
                         f"at step {step} the loss is {loss} and the norm of the gradient {norm}; the update is not "
                         f"applied, and the last good checkpoint in {out} is {f'of step {saved}' if saved else 'none'}"
                     )
-                saves = saves or interrupted > 0
-            scaler.step(optimizer)
-            scaler.update()
-            optimizer.zero_grad(set_to_none=True)
+            run.scaler.step(run.optimizer)
+            run.scaler.update()
+            run.optimizer.zero_grad(set_to_none=True)
+
             if logs:
                 seconds = (time.perf_counter() - since) / (step - logged)
                 rate = config.total_batch_tokens / seconds
@@ -745,26 +764,26 @@ def train(config: TrainConfig) -> int:
                 record(entry, describe(entry, config, seconds))
                 since, logged = time.perf_counter(), step
             pause = time.perf_counter()
-            if config.eval_every and (last or step % config.eval_every == 0):
-                evaluation(step)
-            if main_process and config.sample_every and (last or step % config.sample_every == 0):
-                say(sample_text(model, meta["tokenizer"], config.seed, job.device))
-            if saves:
-                if writing:
-                    writing.result()
-                writing, saved = checkpoint(step), step
-                if main_process:
+            if evaluates and config.eval_every:
+                evaluation = {"step": step} | evaluate(run, config)
+                record(evaluation, describe_evaluation(evaluation))
+            if samples and config.sample_every and main_process:
+                say(sample_text(run.model, run.tokenizer, config.seed, job.device))
+            if saves or interrupted:
+                contents, saved = checkpoint_contents(run, config, step), step
+                if contents:
+                    if writing:
+                        writing.result()
+                    synchronize(out / "metrics.jsonl")  # the log is never behind a checkpoint
+                    arguments = (out, step, *contents, run.tokenizer, config.keep_checkpoints)
+                    writing = writer.submit(save_checkpoint, *arguments)
                     say(f"step {step} | checkpoint {out / f'step_{step:06d}'}")
             since += time.perf_counter() - pause  # what is not training is not in its rate
-            if (logs or saves) and interrupted and not last:
-                break
         if writing:
             writing.result()
-    if start < config.steps and step < config.steps:
+    if interrupted and step < config.steps:
         if main_process:
-            say(
-                f"interrupted after step {step}; the same command with --resume goes on from {out / f'step_{step:06d}'}"
-            )
+            say(f"interrupted after step {step}; go on with the same command and --resume")
         return 128 + (signals[0] if signals else signal.SIGTERM)
     if main_process:
         say(f"{config.steps} steps done; sample from the model with: python sample.py --model {checkpoints(out)[-1]}")
