@@ -74,11 +74,10 @@ def get_tokenizer(name: str) -> tiktoken.Encoding:
 
 
 def _token_bytes(tokenizer: tiktoken.Encoding) -> np.ndarray:
-    """How many bytes of UTF-8 each token stands for: (vocab_size,) int64, 0 for <|endoftext|>."""
-    special = tokenizer.eot_token
-    return np.array(
-        [0 if i == special else len(tokenizer.decode_single_token_bytes(i)) for i in range(tokenizer.n_vocab)]
-    )
+    """How many bytes of UTF-8 each token stands for: (vocab_size,) uint16, 0 for <|endoftext|>."""
+    sizes = [len(tokenizer.decode_single_token_bytes(token)) for token in range(tokenizer.n_vocab)]
+    sizes[tokenizer.eot_token] = 0
+    return np.array(sizes, dtype=np.uint16)
 
 
 # Raw files into units of work, and units into tokens
@@ -308,7 +307,7 @@ def write_shards(
             capacity -= len(piece)
             counts["documents"] += int((piece == tokenizer.eot_token).sum())
             counts["tokens"] += len(piece)
-            counts["bytes"] += int(token_bytes[piece].sum())
+            counts["bytes"] += int(token_bytes[piece].sum(dtype=np.int64))
             report(len(piece))
             yield piece
 

@@ -207,7 +207,13 @@ def start_job(device: str) -> Job:
         chosen = torch.device("cuda", local_rank)
         torch.cuda.set_device(chosen)
     if world_size > 0:  # torchrun says so, for a single process too
-        dist.init_process_group("nccl" if on_cuda else "gloo", device_id=chosen if on_cuda else None)
+        store, _, _ = next(dist.rendezvous("env://"))
+        if world_size == int(os.environ.get("LOCAL_WORLD_SIZE", "0")):
+            # Workers that torchrun has restarted would find the addresses of the dead ones in its store. On several
+            # machines the count of restarts is not common to all, and cannot tell them apart.
+            store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
+        backend, device_id = ("nccl", chosen) if on_cuda else ("gloo", None)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, device_id=device_id)
     return Job(rank, max(1, world_size), chosen)
 
 
