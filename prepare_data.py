@@ -667,6 +667,8 @@ def prepare(settings: dict, out: Path, inputs: list[str], workers: int, keep_raw
 
     with closing(stream()) as tokens:
         write_shards(tokens, out, settings, progress, report)
+    if sys.stderr.isatty():
+        print("\r\x1b[K", end="", file=sys.stderr)  # the status line has said its last
     if progress["train"]["tokens"] == 0:
         raise ValueError(f"all {progress['val']['tokens']:,} tokens went to the validation split; lower --val-tokens")
     if replaced:

@@ -829,9 +829,9 @@ def assert_same_run(first: Path, second: Path, checkpoint: str) -> None:
     assert read_log(first) == read_log(second)
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [1, 3])
 def test_law_3_stopped_killed_and_resumed_is_never_stopped(ranks: int, data: Path, tmp_path: Path) -> None:
-    changes = {"steps": 40, "checkpoint_every": 3, "eval_every": 10, "dropout": 0.1, "total_batch_tokens": 256}
+    changes = {"steps": 40, "checkpoint_every": 3, "eval_every": 10, "dropout": 0.1, "total_batch_tokens": 384}
     out = tmp_path / "killed"
     processes = start_ranks(ranks, *flags(data, out, **changes))
     wait_for_steps(out, 5, processes[0])
@@ -848,7 +848,7 @@ def test_law_3_stopped_killed_and_resumed_is_never_stopped(ranks: int, data: Pat
         process.wait(timeout=TIMEOUT)
     last = train.checkpoints(out)[-1].name
     assert last < "step_000040"
-    name, *rest = ("train.py",) if ranks == 1 else ("torchrun", "--standalone", "--nproc_per_node=2", ROOT / "train.py")
+    name, *rest = ("train.py",) if ranks == 1 else ("torchrun", "--standalone", "--nproc_per_node=3", ROOT / "train.py")
     assert f"going on from {out / last}" in run(name, *rest, *flags(data, out, **changes, resume=True)).stdout
     run(name, *rest, *flags(data, tmp_path / "whole", **changes))
     assert [path.name for path in train.checkpoints(out)] == ["step_000039", "step_000040"]

@@ -611,9 +611,16 @@ def set_up(config: TrainConfig) -> Run:
         start = state["step"]
     compiles = job.device.type == "cuda" if config.compile is None else config.compile
     compiled = parallel = torch.compile(model) if compiles else model
-    if dist.is_initialized():
+    autocast = torch.autocast(job.device.type, dtype=dtype, enabled=dtype != torch.float32)
+    if dist.is_initialized() and not config.eval_only:
         devices = [job.device] if job.device.type == "cuda" else None
         parallel = DistributedDataParallel(compiled, device_ids=devices, gradient_as_bucket_view=True)
+        # After its first backward DistributedDataParallel cuts its buckets anew, and with them the order in which
+        # gradients are summed over more than two ranks. It must not be that of the first update after a resumption.
+        tokens = torch.zeros(config.micro_batch_size, config.sequence_length, dtype=torch.int64, device=job.device)
+        with autocast:
+            parallel(tokens, tokens).backward()
+        optimizer.zero_grad(set_to_none=True)
     description = (
         f"{parameter_count(model):,} parameters | {sum(train_split.tokens):,} tokens | {job.world_size} x "
         f"{job.device.type}, {str(dtype).removeprefix('torch.')}{', compiled' if compiles else ''} | "
@@ -627,7 +634,7 @@ def set_up(config: TrainConfig) -> Run:
         optimizer=optimizer,
         scaler=scaler,
         dtype=dtype,
-        autocast=torch.autocast(job.device.type, dtype=dtype, enabled=dtype != torch.float32),
+        autocast=autocast,
         tokenizer=meta["tokenizer"],
         train_split=train_split,
         val_split=val_split,
