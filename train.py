@@ -211,7 +211,7 @@ def start_job(device: str) -> Job:
         if world_size == int(os.environ.get("LOCAL_WORLD_SIZE", "0")):
             # Workers that torchrun has restarted would find the addresses of the dead ones in its store. On several
             # machines the count of restarts is not common to all, and cannot tell them apart.
-            store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
+            store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
         backend, device_id = ("nccl", chosen) if on_cuda else ("gloo", None)
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, device_id=device_id)
     return Job(rank, max(1, world_size), chosen)
@@ -249,8 +249,8 @@ def noted_signals() -> Iterator[list[int]]:
 
 # bfloat16 and float16 with float32 accumulation, dense. More special names come first.
 PEAK_TFLOPS = {
-    "B200": 2250, "H200": 989, "H100 PCIe": 756, "H100": 989, "A100": 312, "A10": 125, "L40S": 362, "L4": 121,
-    "V100": 125, "T4": 65, "RTX 5090": 209.5, "RTX 4090": 165.2, "RTX 3090": 71,
+    "B200": 2250, "H200 NVL": 835, "H200": 989, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "A100": 312, "A10": 125,
+    "L40S": 362, "L4": 121, "V100": 125, "T4": 65, "RTX 5090": 209.5, "RTX 4090": 165.2, "RTX 3090": 71,
 }  # fmt: skip
 
 
@@ -259,7 +259,8 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
     if device.type != "cuda" or dtype == torch.float32:
         return None
     name = torch.cuda.get_device_name(device)
-    return next((rate * 1e12 for card, rate in PEAK_TFLOPS.items() if card in name), None)
+    cards = (card for card in PEAK_TFLOPS if re.search(rf"\b{card}\b(?! (Ti|D|Laptop|SUPER)\b)", name))
+    return next((PEAK_TFLOPS[card] * 1e12 for card in cards), None)
 
 
 # The data and its order
@@ -724,7 +725,7 @@ def train(config: TrainConfig) -> int:
         return 0
     if main_process:
         out.mkdir(parents=True, exist_ok=True)
-        log = open_log(out / "metrics.jsonl", run.start)
+        log = open_log(out / "metrics.jsonl", run.start or -1)  # from scratch, step 0 is evaluated again
 
     def record(entry: dict, text: str) -> None:
         if main_process:
