@@ -158,7 +158,7 @@ def read_unit(unit: Unit) -> tuple[list[str], int]:
         return [text], text.count("\ufffd") - unit.block.count("\ufffd".encode())
     if unit.kind == "parquet":
         try:
-            column = _open_parquet(unit.path).read_row_group(unit.start, columns=["text"])["text"].to_pylist()
+            column = _open_parquet(unit.path).read_row_group(unit.start, columns=["text"], use_threads=False)["text"].to_pylist()
         except (ValueError, OSError) as error:  # pyarrow's own exceptions are among them
             raise ValueError(f"{unit.path}, row group {unit.start}, is damaged: {error}") from error
         return [text for text in column if text], 0
@@ -187,9 +187,9 @@ def tokenize_unit(unit: Unit, tokenizer_name: str) -> tuple[np.ndarray, int]:
     pieces = []
     for text in texts:
         if not (unit.kind == "txt" and unit.start > 0):  # only its first piece begins a document
-            pieces.append(np.array([tokenizer.eot_token], dtype=np.uint16))
-        pieces.append(tokenizer.encode_to_numpy(text, disallowed_special=()).astype(np.uint16))
-    return np.concatenate(pieces) if pieces else np.empty(0, dtype=np.uint16), replaced
+            pieces.append(np.array([tokenizer.eot_token], dtype=np.uint32))
+        pieces.append(tokenizer.encode_to_numpy(text, disallowed_special=()))  # (n,) uint32
+    return np.concatenate(pieces or [[]], dtype=np.uint16, casting="unsafe"), replaced
 
 
 Position = tuple[int, int]  # of a unit: its file, and its number in that file

@@ -168,7 +168,7 @@ def test_loss_is_over_exactly_the_vocabulary_and_leaves_out_minus_one() -> None:
     kept = targets.numpy() != -1
     picked = np.take_along_axis(log_probs, targets.numpy().clip(0)[..., None], -1)[..., 0]
     loss = model(tokens, targets)
-    assert loss.shape == () and float(loss) == pytest.approx(-picked[kept].mean(), rel=1e-5)
+    assert loss.shape == () and loss.item() == pytest.approx(-picked[kept].mean(), rel=1e-5)
     loss.backward()
     assert model.transformer.wte.weight.grad[61:].abs().max() == 0
     assert model.transformer.wte.weight.grad[:61].abs().max() > 0
@@ -183,10 +183,10 @@ def test_weights_start_as_in_the_paper() -> None:
         else:
             expected_std, expected_mean = 0.02 / (4 if name.endswith("c_proj.weight") else 1), 0.0  # sqrt(2 * 8) = 4
         values = parameter[:300] if "wte" in name else parameter
-        assert float(values.std()) == pytest.approx(expected_std, rel=0.05), name
-        assert float(values.mean()) == pytest.approx(expected_mean, abs=1e-3), name
+        assert values.std().item() == pytest.approx(expected_std, rel=0.05), name
+        assert values.mean().item() == pytest.approx(expected_mean, abs=1e-3), name
     loss = model(torch.randint(300, (4, 64)), torch.randint(300, (4, 64)))
-    assert float(loss) == pytest.approx(math.log(300), rel=0.02)
+    assert loss.item() == pytest.approx(math.log(300), rel=0.02)
 
 
 def test_dropout_is_on_in_training_only() -> None:
@@ -831,7 +831,7 @@ def assert_same_run(first: Path, second: Path, checkpoint: str) -> None:
 
 @pytest.mark.parametrize("ranks", [1, 3])
 def test_law_3_stopped_killed_and_resumed_is_never_stopped(ranks: int, data: Path, tmp_path: Path) -> None:
-    changes = {"steps": 40, "checkpoint_every": 3, "eval_every": 10, "dropout": 0.1, "total_batch_tokens": 384}
+    changes = {"steps": 30, "checkpoint_every": 4, "eval_every": 10, "dropout": 0.1, "total_batch_tokens": 384}
     out = tmp_path / "killed"
     processes = start_ranks(ranks, *flags(data, out, **changes))
     wait_for_steps(out, 5, processes[0])
@@ -839,7 +839,7 @@ def test_law_3_stopped_killed_and_resumed_is_never_stopped(ranks: int, data: Pat
         process.terminate()
     assert [process.wait(timeout=TIMEOUT) for process in processes] == [128 + signal.SIGTERM] * ranks
     step = read_log(out)[-1]["step"]
-    assert train.checkpoints(out)[-1].name == f"step_{step:06d}" and step < 40  # it saved what it had
+    assert train.checkpoints(out)[-1].name == f"step_{step:06d}" and step < 30  # it saved what it had
 
     processes = start_ranks(ranks, *flags(data, out, **changes, resume=True))
     wait_for_steps(out, step + 8, processes[0])
@@ -847,16 +847,16 @@ def test_law_3_stopped_killed_and_resumed_is_never_stopped(ranks: int, data: Pat
         process.kill()
         process.wait(timeout=TIMEOUT)
     last = train.checkpoints(out)[-1].name
-    assert last < "step_000040"
-    name, *rest = ("train.py",) if ranks == 1 else ("torchrun", "--standalone", "--nproc_per_node=3", ROOT / "train.py")
-    assert f"going on from {out / last}" in run(name, *rest, *flags(data, out, **changes, resume=True)).stdout
-    run(name, *rest, *flags(data, tmp_path / "whole", **changes))
-    assert [path.name for path in train.checkpoints(out)] == ["step_000039", "step_000040"]
-    assert_same_run(out, tmp_path / "whole", "step_000040")
+    assert last < "step_000030"
+    for options in (flags(data, out, **changes, resume=True), flags(data, tmp_path / "whole", **changes)):
+        processes = start_ranks(ranks, *options)
+        assert [process.wait(timeout=TIMEOUT) for process in processes] == [0] * ranks
+    assert [path.name for path in train.checkpoints(out)] == ["step_000028", "step_000030"]
+    assert_same_run(out, tmp_path / "whole", "step_000030")
 
 
 def test_a_killed_worker_is_healed_by_torchrun(data: Path, tmp_path: Path) -> None:
-    changes = {"steps": 40, "checkpoint_every": 3, "total_batch_tokens": 256}
+    changes = {"steps": 30, "checkpoint_every": 3, "total_batch_tokens": 256}
     torchrun = ["--standalone", "--nproc_per_node=2", "--max-restarts=1", ROOT / "train.py"]
     command = [sys.executable, "-m", "torch.distributed.run", *torchrun]
     command += flags(data, tmp_path / "healed", **changes, resume=True)
@@ -872,7 +872,7 @@ def test_a_killed_worker_is_healed_by_torchrun(data: Path, tmp_path: Path) -> No
     assert agent.wait(timeout=TIMEOUT) == 0
     assert (tmp_path / "output").read_text().count("| going on from") == 1
     run("torchrun", *torchrun, *flags(data, tmp_path / "whole", **changes))
-    assert_same_run(tmp_path / "healed", tmp_path / "whole", "step_000040")
+    assert_same_run(tmp_path / "healed", tmp_path / "whole", "step_000030")
 
 
 def test_run_goes_on_with_other_ranks_and_divided_optimizer(data: Path, tmp_path: Path) -> None:

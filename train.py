@@ -31,7 +31,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
-from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 
 from model import (
@@ -644,8 +643,10 @@ def set_up(config: TrainConfig) -> Run:
     )
 
 
-def divide_optimizer(optimizer: torch.optim.AdamW) -> ZeroRedundancyOptimizer:
+def divide_optimizer(optimizer: torch.optim.AdamW) -> torch.optim.Optimizer:
     """The same optimizer with its state divided among the ranks, before it has any."""
+    from torch.distributed.optim import ZeroRedundancyOptimizer  # slow to import
+
     groups = [{"params": group["params"], "weight_decay": group["weight_decay"]} for group in optimizer.param_groups]
     settings = {name: optimizer.defaults[name] for name in ("lr", "betas", "eps", "fused")}
     return ZeroRedundancyOptimizer(groups, torch.optim.AdamW, **settings)
@@ -700,7 +701,7 @@ def evaluate(run: Run, config: TrainConfig) -> dict[str, float]:
 def checkpoint_contents(run: Run, config: TrainConfig, step: int) -> tuple[GPT, dict] | None:
     """A copy on the host of what a checkpoint holds, so that training need not wait for the writing; on rank 0 only,
     though all ranks must ask."""
-    if isinstance(run.optimizer, ZeroRedundancyOptimizer):
+    if hasattr(run.optimizer, "consolidate_state_dict"):  # divided among the ranks
         run.optimizer.consolidate_state_dict(to=0)
     if run.job.rank > 0:
         return None
