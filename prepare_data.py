@@ -158,7 +158,11 @@ def read_unit(unit: Unit) -> tuple[list[str], int]:
         return [text], text.count("\ufffd") - unit.block.count("\ufffd".encode())
     if unit.kind == "parquet":
         try:
-            column = _open_parquet(unit.path).read_row_group(unit.start, columns=["text"], use_threads=False)["text"].to_pylist()
+            column = (
+                _open_parquet(unit.path)
+                .read_row_group(unit.start, columns=["text"], use_threads=False)["text"]
+                .to_pylist()
+            )
         except (ValueError, OSError) as error:  # pyarrow's own exceptions are among them
             raise ValueError(f"{unit.path}, row group {unit.start}, is damaged: {error}") from error
         return [text for text in column if text], 0

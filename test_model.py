@@ -667,6 +667,9 @@ def test_fineweb_is_fetched_from_the_hub_through_every_fault(
     monkeypatch.setenv("HF_ENDPOINT", site.url)
     message = refusal(prepare_data.main, capsys, "--tokenizer", "byte", "--out", tmp_path / "lied to")
     assert "000_00000.parquet was fetched twice, and both times its size or sha256" in message
+    site.content[f"/api{FINEWEB}/tree/main/sample/900000BT"] = b'[{"path": "a.parquet", "size": 1}]'
+    options = ["--tokenizer", "byte", "--subset", "sample-900000BT", "--out", tmp_path / "much"]
+    assert "needs 1800000.0 GB and has" in refusal(prepare_data.main, capsys, *options)
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:1")
     message = refusal(prepare_data.main, capsys, "--tokenizer", "byte", "--out", tmp_path / "nothing")
     assert "refused" in message
