@@ -17,7 +17,9 @@ import os
 import re
 import shutil
 import signal
+import socket
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -228,22 +230,32 @@ def sum_over_ranks(value: torch.Tensor, job: Job) -> torch.Tensor:
 @contextmanager
 def noted_signals() -> Iterator[list[int]]:
     """A list to which SIGTERM and SIGINT are added instead of ending the process. A second one ends it at once, unless
-    it comes within a second: torchrun passes on what a terminal has already sent to all."""
-    noted, since = [], 0.0
+    it comes within a second: a scheduler and torchrun may both have sent the first."""
+    noted: list[int] = []
+    reader, writer = socket.socketpair()
+    writer.setblocking(False)
 
-    def note(number: int, frame: object) -> None:
-        nonlocal since
-        if noted and time.monotonic() - since > 1:
-            os._exit(128 + number)
-        since = since or time.monotonic()
-        noted.append(number)
+    def watch() -> (
+        None
+    ):  # in a thread: Python runs handlers only between the main thread's operations, which may be long
+        since = math.inf
+        with reader:
+            while number := reader.recv(1):
+                if time.monotonic() - since > 1:
+                    os._exit(128 + number[0])
+                since = min(since, time.monotonic())
+                noted.append(number[0])
 
-    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    threading.Thread(target=watch, daemon=True).start()
+    before = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGTERM, signal.SIGINT)}
+    wakeup = signal.set_wakeup_fd(writer.fileno())
     try:
         yield noted
     finally:
+        signal.set_wakeup_fd(wakeup)
         for number, handler in before.items():
             signal.signal(number, handler)
+        writer.close()
 
 
 # bfloat16 and float16 with float32 accumulation, dense. More special names come first.
