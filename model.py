@@ -169,15 +169,19 @@ class GPT(nn.Module):
         """(..., C) from `hidden` to (..., vocab_size)."""
         return F.linear(x, self.transformer.wte.weight)[..., : self.config.vocab_size]
 
-    def forward(self, tokens: torch.Tensor, targets: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(
+        self, tokens: torch.Tensor, targets: torch.Tensor | None = None, reduction: str = "mean"
+    ) -> torch.Tensor:
         """
         tokens (B, T), integer -> logits (B, T, vocab_size); with targets (B, T), int64 -> the mean cross-entropy, a
-        float32 scalar in nats, over the positions whose target is not -1. Raises ValueError when T is past block_size.
+        float32 scalar in nats, over the positions whose target is not -1. With reduction "none", the cross-entropy of
+        each position, (B, T) float32, 0 where the target is -1. Raises ValueError when T is past block_size.
         """
         logits = self.logits(self.hidden(tokens))
         if targets is None:
             return logits
-        return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1)
+        losses = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1, reduction=reduction)
+        return losses.view_as(targets) if reduction == "none" else losses
 
 
 def parameter_count(model: GPT) -> int:

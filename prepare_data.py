@@ -1,7 +1,7 @@
 """
 Text to token shards: fetch a corpus, tokenize it in parallel processes, write it to `data/NAME`.
 
-    python prepare_data.py                                    # FineWeb-Edu, 10B tokens: data/fineweb-edu
+    python prepare_data.py                                    # FineWeb-Edu, 10B tokens, and the evaluation sets
     python prepare_data.py --source demo                      # Python's own manual, without network: data/demo
     python prepare_data.py --input corpus.jsonl --out data/mine
 
@@ -10,6 +10,11 @@ validation split, the rest is for training, both cut into shards `val_000000.bin
 llm.c's: 256 int32 of header (20240520, 1, the number of tokens, zeros), then uint16 tokens, all little endian.
 `meta.json`, written last, holds the tokenizer and what each split contains. Until then `progress.json` holds how far
 the whole shards reach, so that the same command continues a preparation that was interrupted, to the same bytes.
+
+The evaluation sets, HellaSwag and LAMBADA, become `data/hellaswag/tasks.bin` and `data/lambada/tasks.bin`, in llm.c's
+format for tasks: a header of 256 int32 (20240522, 1, the number of tasks, the bytes of the longest, zeros), and for
+each task these uint16: 65535, its size in bytes, its number, the number of the right ending, how many endings it has,
+the length of the context and its tokens, and for each ending the same.
 """
 
 import argparse
@@ -40,7 +45,7 @@ import requests
 import tiktoken
 
 HUB_DATASETS = {"fineweb-edu": "HuggingFaceFW/fineweb-edu", "fineweb": "HuggingFaceFW/fineweb"}
-SOURCES = (*HUB_DATASETS, "shakespeare", "demo")
+SOURCES = (*HUB_DATASETS, "shakespeare", "demo", "hellaswag", "lambada")
 SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHAKESPEARE = (1_115_394, "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed")  # bytes, sha256
 SHARD_MAGIC, SHARD_VERSION, HEADER_INTS = 20240520, 1, 256
@@ -73,7 +78,7 @@ def get_tokenizer(name: str) -> tiktoken.Encoding:
         ) from error
 
 
-def _token_bytes(tokenizer: tiktoken.Encoding) -> np.ndarray:
+def token_bytes(tokenizer: tiktoken.Encoding) -> np.ndarray:
     """How many bytes of UTF-8 each token stands for: (vocab_size,) uint16, 0 for <|endoftext|>."""
     sizes = [len(tokenizer.decode_single_token_bytes(token)) for token in range(tokenizer.n_vocab)]
     sizes[tokenizer.eot_token] = 0
@@ -123,17 +128,18 @@ def _last_seam(data: bytes) -> int:
 
 def _blocks(file: BinaryIO, path: Path, last_cut: Callable[[bytes], int]) -> Iterator[bytes]:
     """The content of a file in blocks of about BLOCK_BYTES that end where `last_cut` allows it."""
-    rest = b""
+    rest = []
     try:
         while data := file.read(BLOCK_BYTES):
-            rest += data
-            if cut := last_cut(rest):
-                yield rest[:cut]
-                rest = rest[cut:]
+            cut = last_cut(data)
+            if cut:
+                yield b"".join([*rest, data[:cut]])
+                rest = []
+            rest.append(data[cut:])
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise ValueError(f"{path} is damaged: {error}") from error
-    if rest:
-        yield rest
+    if any(rest):
+        yield b"".join(rest)
 
 
 def _open_parquet(path: str | Path):  # noqa: ANN202 (pyarrow.parquet.ParquetFile, imported only where it is needed)
@@ -293,7 +299,7 @@ def write_shards(
     in no shard yet, as [file, unit in that file, token in that unit].
     """
     tokenizer = get_tokenizer(settings["tokenizer"])
-    token_bytes = _token_bytes(tokenizer)
+    sizes = token_bytes(tokenizer)
     reached, rest = progress["position"], np.empty(0, dtype=np.uint16)
 
     def take(capacity: int, counts: dict) -> Iterator[np.ndarray]:
@@ -311,7 +317,7 @@ def write_shards(
             capacity -= len(piece)
             counts["documents"] += int((piece == tokenizer.eot_token).sum())
             counts["tokens"] += len(piece)
-            counts["bytes"] += int(token_bytes[piece].sum(dtype=np.int64))
+            counts["bytes"] += int(sizes[piece].sum(dtype=np.int64))
             report(len(piece))
             yield piece
 
@@ -462,6 +468,74 @@ def _reason(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}"
 
 
+# Evaluation sets
+
+TASK_MAGIC, TASK_VERSION, START_OF_TASK = 20240522, 1, 2**16 - 1
+TASK_FILES = {
+    "hellaswag": RawFile(
+        "hellaswag_val.jsonl",
+        12_246_618,
+        "0aa3b88843990f3f10a97b9575c94d7b71fb2205240ba04ae4884d9e9c992588",
+        "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl",
+    ),
+    "lambada": RawFile(
+        "lambada_test.jsonl",
+        1_819_752,
+        "4aa8d02cd17c719165fc8a7887fddd641f43fcafa4b1c806ca8abc31fabdb226",
+        "https://openaipublic.blob.core.windows.net/gpt-2/data/lambada_test.jsonl",
+    ),
+}
+
+
+def render_task(source: str, line: bytes, tokenizer: tiktoken.Encoding) -> tuple[list[list[int]], int]:
+    """The tokens of a task's context and of each of its endings, and which ending is right. An ending's tokens are
+    those of a space and its text; that of a LAMBADA passage is its last word."""
+    task = json.loads(line)
+    if source == "lambada":
+        context, last_word = task["text"].rsplit(" ", 1)
+        texts, label = [context, " " + last_word], 0
+    else:
+        texts, label = [task["ctx"], *(" " + ending for ending in task["endings"])], int(task["label"])
+    if not 0 <= label < len(texts) - 1 or not texts[0]:
+        raise ValueError("it has no context, or no right ending")
+    return tokenizer.encode_ordinary_batch(texts, num_threads=1), label
+
+
+def prepare_tasks(source: str, out: Path, tokenizer_name: str, inputs: list[str]) -> dict:
+    """Write the tasks of an evaluation set, from `inputs` if there are any, to `out`; returns its meta.json."""
+    files = [local_file(path) for path in inputs] or [TASK_FILES[source]]
+    settings = {"source": source, "tokenizer": tokenizer_name, "files": [[Path(f.name).name, f.size] for f in files]}
+    if meta := read_progress(out / "meta.json", settings):
+        print(f"{out} is already prepared")
+        return meta
+    tokenizer = get_tokenizer(tokenizer_name)
+    paths = [download(f, out / "raw" / f.name, lambda size: None) if f.url else Path(f.name) for f in files]
+    tasks = []
+    for path in paths:
+        for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+            try:
+                (context, *endings), label = render_task(source, line, tokenizer)
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise ValueError(f"{path}, line {number}: not a task of {source}: {error!r}") from error
+            task = [START_OF_TASK, 0, len(tasks), label, len(endings)]
+            for tokens in (context, *endings):
+                task += [len(tokens), *tokens]
+            task[1] = 2 * len(task)
+            if task[1] >= START_OF_TASK or len(tasks) >= START_OF_TASK:
+                raise ValueError(f"{path}, line {number}: the format has no room for so long a task, or so many")
+            tasks.append(np.array(task, dtype="<u2"))
+    if not tasks:
+        raise ValueError(f"there are no tasks in {', '.join(map(str, paths))}")
+    header = np.zeros(HEADER_INTS, dtype="<i4")
+    header[:4] = TASK_MAGIC, TASK_VERSION, len(tasks), max(task.nbytes for task in tasks)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "tasks.bin").write_bytes(header.tobytes() + np.concatenate(tasks).tobytes())
+    meta = {"tokenizer": tokenizer_name, "vocab_size": tokenizer.n_vocab, "source": source, "tasks": len(tasks)}
+    write_atomically(out / "meta.json", meta | {"settings": settings})
+    shutil.rmtree(out / "raw", ignore_errors=True)
+    return meta
+
+
 # The whole path
 
 
@@ -556,16 +630,16 @@ def make_reporter(done: int, expected: int) -> tuple[Callable[[int], None], Call
     return add_tokens, add_received
 
 
-def choose_settings(args: argparse.Namespace) -> tuple[dict, Path]:
+def choose_settings(source: str, args: argparse.Namespace) -> tuple[dict, Path]:
     """What decides every byte of the result, and the directory it goes to, with defaults that fit the source."""
-    tokenizer = args.tokenizer or ("byte" if args.source == "demo" and not args.input else "gpt2")
-    source: str | list = args.source
+    tokenizer = args.tokenizer or ("byte" if source == "demo" and not args.input else "gpt2")
+    described: str | list = source
     if args.input:
         files = [local_file(path) for path in args.input]
-        source = [[Path(file.name).name, file.size] for file in files]
+        described = [[Path(file.name).name, file.size] for file in files]
         name, size = Path(args.input[0]).name.split(".")[0], sum(file.size for file in files)
     else:
-        name, size = args.source, {"demo": 450_000, "shakespeare": SHAKESPEARE[0]}.get(args.source)
+        name, size = source, {"demo": 450_000, "shakespeare": SHAKESPEARE[0]}.get(source)
     if args.val_tokens is not None:
         val_tokens = args.val_tokens
     elif size is None:
@@ -577,8 +651,8 @@ def choose_settings(args: argparse.Namespace) -> tuple[dict, Path]:
     if args.max_tokens is not None and val_tokens >= args.max_tokens:
         raise ValueError(f"of --max-tokens {args.max_tokens:,}, --val-tokens {val_tokens:,} leave none for training")
     settings = {
-        "source": source,
-        "subset": args.subset if args.source in HUB_DATASETS and not args.input else None,
+        "source": described,
+        "subset": args.subset if source in HUB_DATASETS and not args.input else None,
         "tokenizer": tokenizer,
         "shard_tokens": args.shard_tokens,
         "val_tokens": val_tokens,
@@ -700,11 +774,23 @@ def count(text: str) -> int:
     return int(float(match[1]) * {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}[match[2].lower()])
 
 
+def prepare_source(source: str, args: argparse.Namespace) -> None:
+    if source in TASK_FILES:
+        out = Path(args.out or f"data/{source}")
+        meta = prepare_tasks(source, out, args.tokenizer or "gpt2", args.input or [])
+        print(f"{source}: {meta['tasks']:,} tasks, {out}/tasks.bin")
+        return
+    settings, out = choose_settings(source, args)
+    meta = prepare(settings, out, args.input or [], args.workers, args.keep_raw)
+    for split in ("train", "val"):
+        print(f"{split}: {meta[split]['tokens']:,} tokens in {meta[split]['shards']} shards, {out}/{split}_*.bin")
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         usage=argparse.SUPPRESS, description="Prepare token shards for train.py. With no options: FineWeb-Edu 10B."
     )
-    parser.add_argument("--source", default="fineweb-edu", choices=SOURCES, help="(default: fineweb-edu)")
+    parser.add_argument("--source", choices=SOURCES, help="(default: fineweb-edu, hellaswag and lambada)")
     parser.add_argument(
         "--subset",
         default="sample-10BT",
@@ -721,18 +807,18 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.workers < 1 or not 1 <= args.shard_tokens < 2**31:
         parser.error("--workers must be at least 1, and --shard-tokens from 1 to 2^31 - 1")
+    named = args.source or args.input or args.out
+    sources = [args.source or "fineweb-edu"] if named else [*TASK_FILES, "fineweb-edu"]
     try:
-        settings, out = choose_settings(args)
-        meta = prepare(settings, out, args.input or [], args.workers, args.keep_raw)
+        for source in sources:
+            prepare_source(source, args)
     except KeyboardInterrupt:
         sys.exit("\nprepare_data.py: interrupted; the same command goes on after the last whole shard")
     except (ValueError, OSError) as error:
         reason = _reason(error) if isinstance(error, requests.RequestException) else str(error)
         if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            reason = f"the disk is full ({out}); make room, and the same command goes on after the last whole shard"
+            reason = "the disk is full; make room, and the same command goes on after the last whole shard"
         sys.exit(f"prepare_data.py: error: {' '.join(reason.split())}")
-    for split in ("train", "val"):
-        print(f"{split}: {meta[split]['tokens']:,} tokens in {meta[split]['shards']} shards, {out}/{split}_*.bin")
 
 
 if __name__ == "__main__":

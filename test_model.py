@@ -675,18 +675,77 @@ def test_fineweb_is_fetched_from_the_hub_through_every_fault(
     assert "refused" in message
 
 
+def task_lines(count: int) -> dict[str, list[dict]]:
+    """Tasks as HellaSwag and LAMBADA publish theirs, of random short words."""
+    rng = np.random.default_rng(1)
+
+    def words(least: int, most: int) -> str:
+        return " ".join("".join(rng.choice([*"aeioübd"], size=3)) for _ in range(rng.integers(least, most)))
+
+    hellaswag = [
+        {"ind": i, "ctx": words(1, 9), "endings": [words(1, 5) for _ in range(4)], "label": i % 4} for i in range(count)
+    ]
+    return {"hellaswag": hellaswag, "lambada": [{"text": words(2, 12)} for _ in range(count)]}
+
+
+def as_jsonl(rows: list[dict]) -> bytes:
+    return "".join(json.dumps(row) + "\n" for row in rows).encode()
+
+
+def test_evaluation_sets_are_fetched_rendered_and_come_with_the_default_corpus(
+    site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    lines = task_lines(30)
+    for name, rows in lines.items():
+        content = site.content[f"/{name}.jsonl"] = as_jsonl(rows)
+        file = prepare_data.RawFile(
+            f"{name}.jsonl", len(content), hashlib.sha256(content).hexdigest(), f"{site.url}/{name}.jsonl"
+        )
+        monkeypatch.setitem(prepare_data.TASK_FILES, name, file)
+    serve_hub(site, tmp_path, documents(300), files=3)
+    monkeypatch.setenv("HF_ENDPOINT", site.url)
+    monkeypatch.chdir(tmp_path)
+    prepare_data.main(["--tokenizer", "byte", "--val-tokens", "1k", "--workers", "1"])
+    assert {path.name for path in Path("data").iterdir()} == {"fineweb-edu", "hellaswag", "lambada"}
+    for name, rows in lines.items():
+        file = Path("data", name, "tasks.bin")
+        header = np.fromfile(file, dtype="<i4", count=256)
+        stream = np.fromfile(file, dtype="<u2", offset=1024).tolist()
+        expected = []
+        for i, row in enumerate(rows):
+            context, word = row.get("text", "").rpartition(" ")[::2]
+            texts = [context, " " + word] if name == "lambada" else [row["ctx"], *(" " + e for e in row["endings"])]
+            pieces = [[len(text.encode()), *text.encode()] for text in texts]
+            task = [row.get("label", 0), len(texts) - 1, *itertools.chain(*pieces)]
+            expected.append([65535, 2 * (len(task) + 3), i, *task])
+        assert stream == [*itertools.chain(*expected)]
+        assert header.tolist() == [20240522, 1, 30, max(2 * len(task) for task in expected), *[0] * 252]
+    site.requests.clear()
+    prepare_data.main(["--source", "lambada", "--tokenizer", "byte"])
+    assert not site.requests and "already prepared" in capsys.readouterr().out
+    no_ending = '{"ctx": "a", "endings": ["b"], "label": 1}'
+    for wrong, said in [("{}", "line 2: not a task"), (no_ending, "no right ending")]:
+        Path("bad.jsonl").write_bytes(as_jsonl(lines["hellaswag"][:1]) + wrong.encode())
+        options = ["--source", "hellaswag", "--tokenizer", "byte", "--input", "bad.jsonl", "--out", "bad"]
+        assert said in refusal(prepare_data.main, capsys, *options)
+    assert not Path("bad").exists()
+
+
 # Training
 
 
 @pytest.fixture(scope="session")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Shards of the byte tokenizer: three for training, one for validation."""
+    """Shards of the byte tokenizer, three for training and one for validation, and beside them the evaluation sets."""
     directory = tmp_path_factory.mktemp("data")
     source = write_jsonl(directory / "a.jsonl", documents(120))
     prepare(
         directory / "shards", "--input", source, "--shard-tokens", "20k", "--val-tokens", "3k", "--max-tokens", "50k"
     )
     assert len(list((directory / "shards").glob("train_*.bin"))) == 3
+    for name, rows in task_lines(12).items():
+        (directory / f"{name}.jsonl").write_bytes(as_jsonl(rows))
+        prepare(directory / name, "--source", name, "--input", directory / f"{name}.jsonl")
     return directory / "shards"
 
 
@@ -796,6 +855,83 @@ def test_law_2_and_6_on_one_process_and_on_two(data: Path, tmp_path: Path) -> No
     sequences = torch.from_numpy(read_shards(data, "val")[: 62 * 32 + 1].astype(np.int64))  # 62: 2000 tokens, all whole
     loss = F.cross_entropy(model(sequences[:-1].view(62, 32)).flatten(0, 1), sequences[1:])
     assert log[0]["val_loss"] == pytest.approx(loss.item(), rel=1e-5)
+
+
+def test_evaluation_is_what_its_definition_says_on_any_ranks(data: Path, tmp_path: Path) -> None:
+    start = tmp_path / "start"
+    save_model(random_model(GPTConfig(40, 257, 2, 2, 32)), start, "byte")
+
+    def losses(tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Of each token but the first, in float64; and whether it is the likeliest."""
+        logits = numpy_gpt2(start, tokens[None, :-1])[0]
+        log_probs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+        return -log_probs[np.arange(len(tokens) - 1), tokens[1:]], logits.argmax(-1) == tokens[1:]
+
+    val = read_shards(data, "val").astype(np.int64)[: 62 * 32 + 1]  # 2000 tokens, in whole sequences
+    nats = np.array([losses(val[i * 32 : i * 32 + 33])[0].sum() for i in range(62)])
+    summed, normalized, words = [], [], []
+    for lines in ("hellaswag", "lambada"):
+        for line in (data.parent / f"{lines}.jsonl").read_text().splitlines():
+            task = json.loads(line)
+            context, word = task.get("text", "").rpartition(" ")[::2]
+            scores = []
+            for ending in task.get("endings", [word]):
+                count = len(f" {ending}".encode())
+                text = np.array([*f"{task.get('ctx', context)} {ending}".encode()])[-41:]  # as much as fits
+                loss, likeliest = losses(text)
+                scores.append((loss[-count:].sum(), loss[-count:].mean()))
+                words += [(scores[-1][0], likeliest[-count:].all())] if word else []
+            if lines == "hellaswag":
+                sums, means = zip(*scores, strict=True)
+                summed.append(np.argmin(sums) == task["label"])
+                normalized.append(np.argmin(means) == task["label"])
+    assert sum(summed) > 0 and sum(normalized) > 0 and summed != normalized
+    word_nats, word_right = zip(*words, strict=True)
+    expected = {
+        "val_loss": nats.sum() / 62 / 32,
+        "val_loss_se": (nats / 32).std(ddof=1) / math.sqrt(62),
+        "val_perplexity": math.exp(nats.sum() / 62 / 32),
+        "val_bits_per_byte": nats.sum() / math.log(2) / (val[1:] != 256).sum(),
+        "lambada_perplexity": math.exp(np.mean(word_nats)),
+    }
+    for name, right in (("hellaswag_acc", summed), ("hellaswag_acc_norm", normalized), ("lambada_acc", word_right)):
+        expected |= {name: np.mean(right), f"{name}_se": np.std(right, ddof=1) / math.sqrt(12)}
+
+    one, many, options = tmp_path / "one", tmp_path / "many", {"init_from": start, "eval_only": True}
+    table = run("train.py", *flags(data, one, **options, micro_batch_size=16)).stdout
+    ranks = ["--standalone", "--nproc_per_node=3", ROOT / "train.py"]
+    run("torchrun", *ranks, *flags(data, many, **options, total_batch_tokens=384))
+    for out in (one, many):
+        (line,) = read_log(out)
+        assert line.pop("evaluated") == str(start) and line == pytest.approx(expected, rel=1e-5)
+        assert not train.checkpoints(out)
+    assert f"{expected['val_loss']:.4f} ± {expected['val_loss_se']:.4f}" in table and "published" not in table
+    run_train(data, one, steps=1)  # evaluations alone are no run
+    assert [line.get("step") for line in read_log(one)] == [None, 0, 1, 1]
+
+
+def test_tasks_whose_answers_are_known(tmp_path: Path, data: Path) -> None:
+    """A model without blocks, whose embeddings are all at right angles, expects every token to come again."""
+    model = random_model(GPTConfig(32, 257, 1, 1, 512))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+        model.transformer.wte.weight[:257, :257] = torch.eye(257)
+        model.transformer.ln_f.weight.fill_(0.2)
+    save_model(model, tmp_path / "repeats", "byte")
+    shutil.copytree(data, tmp_path / "shards")
+    # After a space, the first has the least sum and the second the least mean.
+    endings = ["a", "aaaaaaaa", "abcdefg", "bb"]
+    hellaswag = [{"ctx": "b", "endings": endings, "label": label} for label in (0, 1, 1, 2)]
+    lambada = [{"text": text} for text in ("a   ", "a b", "b a", "a a", "aaa  ")]  # two end in one more space
+    for name, rows in {"hellaswag": hellaswag, "lambada": lambada}.items():
+        (tmp_path / name).with_suffix(".jsonl").write_bytes(as_jsonl(rows))
+        prepare(tmp_path / name, "--source", name, "--input", tmp_path / f"{name}.jsonl")
+
+    settings = SETTINGS | {"data": str(tmp_path / "shards"), "out": str(tmp_path / "out"), "eval_only": True}
+    assert train.train(replace(train.TrainConfig(), **settings, init_from=str(tmp_path / "repeats"))) == 0
+    (metrics,) = read_log(tmp_path / "out")
+    assert (metrics["hellaswag_acc"], metrics["hellaswag_acc_norm"], metrics["lambada_acc"]) == (0.25, 0.5, 0.4)
 
 
 def start_ranks(ranks: int, *options: object) -> list[subprocess.Popen]:
@@ -980,6 +1116,21 @@ def test_compiled_run_evaluates_samples_and_trains_the_same(data: Path, tmp_path
         assert one == pytest.approx(two, rel=1e-3)
 
 
+def test_mfu_is_told_for_known_cards_in_dtypes_that_they_have(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, bfloat16, float16, float32 in [
+        ("NVIDIA H100 80GB HBM3", 989e12, 989e12, 67e12), ("NVIDIA H100 PCIe", 756e12, 756e12, 51e12),
+        ("NVIDIA H200", 989e12, 989e12, 67e12), ("NVIDIA A100-SXM4-80GB", 312e12, 312e12, 19.5e12),
+        ("NVIDIA A10", 125e12, 125e12, 31.2e12), ("NVIDIA L40S", 362e12, 362e12, 91.6e12),
+        ("NVIDIA L4", 121e12, 121e12, 30.3e12), ("Tesla T4", None, 65e12, 8.1e12),
+        ("NVIDIA B200", 2250e12, 2250e12, 75e12),
+        ("Tesla V100-SXM2-16GB", None, 125e12, 15.7e12), ("NVIDIA GeForce RTX 4090", 165.2e12, 165.2e12, 82.6e12),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None, None, None), ("NVIDIA L40", None, None, None),
+        ("NVIDIA A1000", None, None, None), ("NVIDIA GeForce RTX 3090 Ti", None, None, None),
+    ]:  # fmt: skip
+        for dtype, peak in ((torch.bfloat16, bfloat16), (torch.float16, float16), (torch.float32, float32)):
+            assert train.peak_flops(name, dtype) == pytest.approx(peak), (name, dtype)
+
+
 def test_bfloat16_run_is_close_to_float32(data: Path, tmp_path: Path, tiny_size: None) -> None:
     run_train(data, tmp_path / "float32")
     checkpoint = run_train(data, tmp_path / "bfloat16", dtype="bfloat16")
@@ -993,10 +1144,6 @@ def test_fine_tuning_uses_the_given_weights_and_a_part_of_their_context(data: Pa
     checkpoint = run_train(data, tmp_path / "out", init_from=str(tmp_path / "start"), steps=2, max_lr=0.0, min_lr=0.0)
     assert_same_weights(checkpoint, tmp_path / "start")
     assert load_model(checkpoint).config.block_size == 64
-    done = run("train.py", *flags(data, tmp_path / "none", init_from=tmp_path / "start", eval_only=True))
-    assert (
-        f"val_loss {read_log(tmp_path / 'out')[0]['val_loss']:.4f}" in done.stdout and not (tmp_path / "none").exists()
-    )
 
 
 def test_shards_of_other_programs_are_read_and_bad_ones_are_named(data: Path, tmp_path: Path) -> None:
@@ -1030,7 +1177,7 @@ def test_shards_of_other_programs_are_read_and_bad_ones_are_named(data: Path, tm
 
 
 def test_train_says_what_is_wrong_in_one_line(
-    data: Path, tmp_path: Path, tiny_size: None, capsys: pytest.CaptureFixture
+    data: Path, tmp_path: Path, tiny_size: None, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "out"
     for changes, said in [
@@ -1058,6 +1205,8 @@ def test_train_says_what_is_wrong_in_one_line(
     (tmp_path / "empty" / "progress.json").touch()
     assert "is not prepared to the end" in refused(data=str(tmp_path / "empty"))
     assert "there is nothing to evaluate" in refused(eval_only=True)
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    assert "pip install tensorboard" in refused(tensorboard=True)
     assert not out.exists()  # nothing of all this left anything behind
 
     checkpoint = run_train(data, out)
@@ -1073,7 +1222,7 @@ def test_train_says_what_is_wrong_in_one_line(
     (tmp_path / "changed" / "train_000002.bin").unlink()
     assert "meta.json says" in refused(data=tmp_path / "changed", resume=True)
     (tmp_path / "changed" / "meta.json").unlink()
-    assert "are not those of before" in refused(data=tmp_path / "changed", resume=True)
+    assert "are not those of before" in refused(data=tmp_path / "changed", resume=True, eval_every=0)
     (checkpoint / "trainer.pt").write_bytes(b"PK")
     shutil.rmtree(out / "step_000003")
     assert "has no checkpoint that is whole" in refused(resume=True)
@@ -1110,6 +1259,9 @@ def test_demo_from_nothing_to_text(
     run("prepare_data.py", "--source", "demo", cwd=tmp_path)
     trained = run("train.py", "--preset", "demo", "--steps", 12, "--sample-every", 12, "--log-every", 1, cwd=tmp_path)
     losses = [line["train_loss"] for line in read_log(tmp_path / "out" / "demo") if "train_loss" in line]
+    summary = r"12 steps done, 9,216 tokens; here 9,216 in 0:.*\nvalidation loss .* best .* at step"
+    assert re.search(summary, trained.stdout)
+    assert trained.stdout.endswith("sample from it with: python sample.py --model out/demo/step_000012\n")
     assert len(losses) == 12 and losses[0] == pytest.approx(math.log(257), rel=0.03) and losses[-1] < losses[0] - 1
     assert re.search(
         r"step 12/12 \| loss [\d.]+ \| lr [\d.e-]+ \| norm [\d.]+ \| \d+ ms \| [\d,]+ tok/s", trained.stdout

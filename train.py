@@ -4,6 +4,7 @@ Train a GPT-2 on token shards, on a CPU, on one GPU, or on many under torchrun.
     torchrun --standalone --nproc_per_node=8 train.py     # GPT-2 124M on FineWeb-Edu 10B tokens
     python train.py                                       # the same run on one GPU, by gradient accumulation
     python train.py --preset demo                         # a minute or two on a CPU
+    python train.py --eval-only --init-from gpt2          # how good OpenAI's model is, beside what was published
 
 Reads the shards that prepare_data.py wrote (or llm.c's). Writes to --out: `metrics.jsonl`, a line for each logged step
 and each evaluation, and checkpoints `step_NNNNNN/`, the state after that many updates. The sequences of update s depend
@@ -23,7 +24,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import lru_cache
 from pathlib import Path
@@ -50,7 +51,7 @@ from model import (
     parameter_count,
     save_model,
 )
-from prepare_data import get_tokenizer
+from prepare_data import get_tokenizer, token_bytes
 
 # The configuration
 
@@ -87,6 +88,8 @@ class TrainConfig:
     zero: bool = option(False, "divide the optimizer's state among the ranks (ZeRO stage 1)")
     eval_every: int = option(250, "updates between evaluations, 0 for none")
     eval_tokens: int = option(10 * 2**20, "tokens of the validation split to evaluate on")
+    eval_tasks: int = option(100_000, "tasks of HellaSwag and of LAMBADA to evaluate on, 0 for none")
+    tensorboard: bool = option(False, "write the log for TensorBoard too, to --out (needs the package tensorboard)")
     sample_every: int = option(1000, "updates between samples of text, 0 for none")
     checkpoint_every: int = option(500, "updates between checkpoints, 0 for one at the end only")
     keep_checkpoints: int = option(2, "how many checkpoints to keep, 0 for all")
@@ -258,20 +261,22 @@ def noted_signals() -> Iterator[list[int]]:
         writer.close()
 
 
-# bfloat16 and float16 with float32 accumulation, dense. More special names come first.
+# TFLOP/s in bfloat16 and float16 (dense, accumulated in float32), and in float32. More special names come first.
 PEAK_TFLOPS = {
-    "B200": 2250, "H200 NVL": 835, "H200": 989, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "A100": 312, "A10": 125,
-    "L40S": 362, "L4": 121, "V100": 125, "T4": 65, "RTX 5090": 209.5, "RTX 4090": 165.2, "RTX 3090": 71,
+    "B200": (2250, 75), "H200 NVL": (835, 60), "H200": (989, 67), "H100 PCIe": (756, 51), "H100 NVL": (835, 60),
+    "H100": (989, 67), "A100": (312, 19.5), "A10": (125, 31.2), "L40S": (362, 91.6), "L4": (121, 30.3),
+    "V100": (125, 15.7), "T4": (65, 8.1), "RTX 5090": (209.5, 104.8), "RTX 4090": (165.2, 82.6), "RTX 3090": (71, 35.6),
 }  # fmt: skip
+WITHOUT_BFLOAT16 = ("V100", "T4")
 
 
-def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
-    """The card's dense matrix rate in FLOP/s by its maker's data sheet, None where it is not known."""
-    if device.type != "cuda" or dtype == torch.float32:
-        return None
-    name = torch.cuda.get_device_name(device)
+def peak_flops(name: str, dtype: torch.dtype) -> float | None:
+    """The rate of a card, by its name, in FLOP/s by its maker's data sheet; None where it is not known."""
     cards = (card for card in PEAK_TFLOPS if re.search(rf"\b{card}\b(?! (Ti|D|Laptop|SUPER)\b)", name))
-    return next((PEAK_TFLOPS[card] * 1e12 for card in cards), None)
+    card = next(cards, None)
+    if card is None or (card in WITHOUT_BFLOAT16 and dtype == torch.bfloat16):
+        return None
+    return PEAK_TFLOPS[card][dtype == torch.float32] * 1e12
 
 
 # The data and its order
@@ -369,6 +374,44 @@ def load_batch(split: Split, config: TrainConfig, step: int, job: Job) -> torch.
     return batch.pin_memory() if job.device.type == "cuda" else batch
 
 
+class Tasks(NamedTuple):
+    """An evaluation set. A row is a context and one of its endings; the rows of a task follow each other."""
+
+    rows: list[np.ndarray]  # of uint16
+    scored: np.ndarray  # (rows,) int64: how many tokens the ending has
+    labels: np.ndarray  # (tasks,) int64: which ending is right
+
+
+def read_tasks(path: Path, vocab_size: int) -> Tasks:
+    """The tasks in a file of llm.c's format. Raises ValueError if it is not a whole one, or a token is outside the
+    vocabulary."""
+    data = path.read_bytes()
+    header = np.frombuffer(data[:1024], dtype="<i4")
+    if len(header) < 256 or header[0] != 20240522 or header[1] != 1:
+        raise ValueError(f"{path} does not hold tasks (its header is not that of llm.c's version 1)")
+    rows, scored, labels, at = [], [], [], 0
+    try:
+        stream = np.frombuffer(data[1024:], dtype="<u2").tolist()
+        for _ in range(header[2]):
+            begin, _, _, label, endings = stream[at : at + 5]
+            at, pieces = at + 5, []
+            for _ in range(1 + endings):
+                pieces.append(stream[at + 1 : at + 1 + stream[at]])
+                at += 1 + stream[at]
+            if begin != 2**16 - 1 or not all(pieces) or label >= endings:
+                raise ValueError("a task is not as it should be")
+            rows += [np.array(pieces[0] + ending, dtype=np.uint16) for ending in pieces[1:]]
+            scored += [len(ending) for ending in pieces[1:]]
+            labels.append(label)
+        if not labels or at != len(stream) or len(rows) != endings * len(labels):
+            raise ValueError("it is too long, or its tasks differ in the number of endings")
+    except (ValueError, IndexError) as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+    if (largest := max(int(row.max()) for row in rows)) >= vocab_size:
+        raise ValueError(f"{path} holds token {largest}, outside the vocabulary of {vocab_size}")
+    return Tasks(rows, np.array(scored), np.array(labels))
+
+
 # Checkpoints and the log
 
 
@@ -461,19 +504,43 @@ def newest_whole_checkpoint(config: TrainConfig, data: list[int]) -> str:
     return ""
 
 
-def open_log(path: Path, step: int) -> TextIO:
-    """metrics.jsonl, to append to; all lines past `step` are removed first, as is one that a crash cut short."""
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []:
-        try:
-            if json.loads(line)["step"] <= step and line.endswith("\n"):
-                kept.append(line)
-        except ValueError:
-            break
+def read_log(path: Path) -> list[dict]:
+    """The lines of metrics.jsonl, without one that a crash cut short; none where there is no such file."""
+    entries = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        with suppress(ValueError):
+            entries.append(json.loads(line))
+    return [entry for entry in entries if isinstance(entry, dict)]
+
+
+def open_log(path: Path, step: float) -> TextIO:
+    """metrics.jsonl, to append to; all lines about updates past `step` are removed first."""
+    kept = [json.dumps(entry) + "\n" for entry in read_log(path) if entry.get("step", -1) <= step]
     part = path.with_name(path.name + ".tmp")
     part.write_text("".join(kept), encoding="utf-8")
     part.replace(path)
     return open(path, "a", encoding="utf-8", buffering=1)
+
+
+def import_summary_writer() -> type:
+    """TensorBoard's, an optional package. Raises ValueError when it is missing."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise ValueError("--tensorboard needs a package that is not here: pip install tensorboard") from error
+    return SummaryWriter
+
+
+TITLES = {
+    "val_loss": "validation loss, nats per token",
+    "val_perplexity": "perplexity",
+    "val_bits_per_byte": "bits per byte of UTF-8",
+    "hellaswag_acc_norm": "HellaSwag, normalized by length",
+    "hellaswag_acc": "HellaSwag, summed",
+    "lambada_acc": "LAMBADA, last word",
+    "lambada_perplexity": "LAMBADA, perplexity of the word",
+}
+SHOWN_TASKS = {"hellaswag": "hellaswag_acc_norm", "lambada": "lambada_acc"}
 
 
 def describe(entry: dict, config: TrainConfig, seconds: float) -> str:
@@ -492,10 +559,51 @@ def describe(entry: dict, config: TrainConfig, seconds: float) -> str:
     return " | ".join(parts)
 
 
+def with_error(metrics: dict, name: str) -> str:
+    """A metric and its standard error, where it has one."""
+    error = metrics.get(f"{name}_se")
+    return f"{metrics[name]:.4f}" + (f" ± {error:.4f}" if error is not None else "")
+
+
 def describe_evaluation(entry: dict) -> str:
     """A line for the terminal about an evaluation."""
-    at = f"step {entry['step']} | " if "step" in entry else ""
-    return f"{at}val_loss {entry['val_loss']:.4f} | perplexity {math.exp(entry['val_loss']):.2f}"
+    parts = [
+        f"step {entry['step']}",
+        f"val_loss {with_error(entry, 'val_loss')}",
+        f"perplexity {entry['val_perplexity']:.2f}",
+        f"{entry['val_bits_per_byte']:.4f} bits/byte",
+        *(f"{name} {with_error(entry, key)}" for name, key in SHOWN_TASKS.items() if key in entry),
+    ]
+    return " | ".join(parts)
+
+
+def evaluation_table(metrics: dict, name: str, published: dict[str, float]) -> str:
+    """An evaluation as a table, beside the published figures of the same model where there are any."""
+    head = f"{'':32} {name:>24}" + (f" {'GPT-2, published':>24}" if published else "")
+    lines = [head]
+    for key, title in TITLES.items():
+        if key in metrics:
+            beside = f" {published[key]:>24.4f}" if key in published else ""
+            lines.append(f"{title:32} {with_error(metrics, key):>24}{beside}")
+    return "\n".join(lines)
+
+
+def summarize(entries: list[dict], config: TrainConfig, updates: int, seconds: float, checkpoint: Path) -> str:
+    """What a finished run amounts to: `entries` are its log, `updates` and `seconds` those of this process."""
+    hours = f"{seconds // 3600:.0f}:{seconds // 60 % 60:02.0f}:{seconds % 60:02.0f}"
+    tokens, rate = updates * config.total_batch_tokens, updates * config.total_batch_tokens / seconds
+    lines = [f"{config.steps} steps done, {config.steps * config.total_batch_tokens:,} tokens"]
+    if updates:
+        lines[0] += f"; here {tokens:,} in {hours}, evaluation and all, {rate:,.0f} tok/s"
+    evaluations = [entry for entry in entries if "val_loss" in entry and "step" in entry]
+    if evaluations:
+        best, last = min(evaluations, key=lambda entry: entry["val_loss"]), evaluations[-1]
+        lines.append(
+            f"validation loss {with_error(last, 'val_loss')}, best {best['val_loss']:.4f} at step {best['step']}"
+        )
+        lines += [f"{TITLES[key]} {with_error(last, key)}" for key in SHOWN_TASKS.values() if key in last]
+    lines.append(f"checkpoint {checkpoint}; sample from it with: python sample.py --model {checkpoint}")
+    return "\n".join(lines)
 
 
 def sample_text(model: GPT, tokenizer_name: str, seed: int, device: torch.device) -> str:
@@ -521,7 +629,7 @@ def read_meta(directory: Path) -> dict:
         return {"tokenizer": "gpt2", "vocab_size": MODEL_SIZES["gpt2"].vocab_size}
     try:
         meta = json.loads((directory / "meta.json").read_text(encoding="utf-8"))
-        return {key: meta[key] for key in ("tokenizer", "vocab_size", "train", "val")}
+        return meta | {key: meta[key] for key in ("tokenizer", "vocab_size", "source")}
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{directory}/meta.json is damaged: {error!r}") from error
 
@@ -534,6 +642,29 @@ def open_data(config: TrainConfig, name: str, meta: dict) -> Split:
             f"{config.data}: the {name} shards hold {sum(split.tokens)} tokens, meta.json says {meta[name]['tokens']}"
         )
     return split
+
+
+def open_tasks(config: TrainConfig, tokenizer: str, model: GPT, job: Job) -> dict[str, Tasks]:
+    """The evaluation sets that are there beside the data, by name: eval_tasks of each. Rank 0 reads for all."""
+    found = {}
+    for name in SHOWN_TASKS if job.rank == 0 and config.eval_tasks else []:
+        directory = Path(config.data).parent / name
+        if not (directory / "tasks.bin").exists():
+            continue
+        if (theirs := read_meta(directory)["tokenizer"]) != tokenizer:
+            say(f"{directory} is left out: its tokens are the {theirs} tokenizer's, and not {tokenizer}'s")
+            continue
+        tasks = read_tasks(directory / "tasks.bin", model.config.vocab_size)
+        if tasks.scored.max() > model.config.block_size:
+            say(f"{directory} is left out: a context of {model.config.block_size} is too short for it")
+            continue
+        count = min(config.eval_tasks, len(tasks.labels))
+        rows = count * len(tasks.rows) // len(tasks.labels)
+        found[name] = Tasks(tasks.rows[:rows], tasks.scored[:rows], tasks.labels[:count])
+    sent = [found]
+    if dist.is_initialized():
+        dist.broadcast_object_list(sent)
+    return sent[0]
 
 
 def build_model(config: TrainConfig, source: str, tokenizer: str, vocab_size: int) -> GPT:
@@ -558,7 +689,8 @@ def find_source(config: TrainConfig, data: list[int], job: Job) -> tuple[str, bo
     found = [config.init_from, False]
     if job.rank == 0:
         existing = checkpoints(Path(config.out))
-        if not config.resume and not config.eval_only and (existing or (Path(config.out) / "metrics.jsonl").exists()):
+        begun = existing or any("step" in entry for entry in read_log(Path(config.out) / "metrics.jsonl"))
+        if begun and not config.resume and not config.eval_only:
             raise FileExistsError(f"{config.out} already holds a run; give --resume to go on with it, or another --out")
         if config.eval_only and not config.init_from:
             if not existing:
@@ -592,17 +724,23 @@ class Run(NamedTuple):
     tokenizer: str
     train_split: Split
     val_split: Split | None
+    token_bytes: np.ndarray | None  # of each token of the vocabulary, how many bytes of text it stands for
+    tasks: dict[str, Tasks]
+    source: str  # where the weights are from, "" for new ones
     start: int  # the updates that were made before
     description: str
 
 
 def set_up(config: TrainConfig) -> Run:
     """Check the data, join the other processes, and make the model and the optimizer or take them from a checkpoint."""
+    if config.tensorboard:
+        import_summary_writer()
     meta = read_meta(Path(config.data))
-    val_split = open_data(config, "val", meta) if config.eval_every or config.eval_only else None
+    evaluates = config.eval_every > 0 or config.eval_only
+    val_split = open_data(config, "val", meta) if evaluates else None
     train_split = open_data(config, "train", meta)
-    if config.sample_every:
-        get_tokenizer(meta["tokenizer"])  # one that cannot be fetched is noticed now
+    # One that cannot be fetched is noticed now.
+    tokenizer = get_tokenizer(meta["tokenizer"]) if evaluates or config.sample_every else None
     job = start_job(config.device)
     if "train" not in meta:  # other programs' shards
         check_tokens(train_split, job)
@@ -611,6 +749,7 @@ def set_up(config: TrainConfig) -> Run:
 
     torch.manual_seed(config.seed)
     model = build_model(config, source, meta["tokenizer"], meta["vocab_size"]).to(job.device).train()
+    tasks = open_tasks(config, meta["tokenizer"], model, job) if evaluates else {}
     optimizer = configure_optimizer(model, config.max_lr, config.weight_decay, BETAS)
     if config.zero and job.world_size > 1:
         optimizer = divide_optimizer(optimizer)
@@ -650,6 +789,9 @@ def set_up(config: TrainConfig) -> Run:
         tokenizer=meta["tokenizer"],
         train_split=train_split,
         val_split=val_split,
+        token_bytes=token_bytes(tokenizer) if evaluates else None,
+        tasks=tasks,
+        source=source,
         start=start,
         description=description,
     )
@@ -662,6 +804,129 @@ def divide_optimizer(optimizer: torch.optim.AdamW) -> torch.optim.Optimizer:
     groups = [{"params": group["params"], "weight_decay": group["weight_decay"]} for group in optimizer.param_groups]
     settings = {name: optimizer.defaults[name] for name in ("lr", "betas", "eps", "fused")}
     return ZeroRedundancyOptimizer(groups, torch.optim.AdamW, **settings)
+
+
+# Evaluation
+
+TASK_BATCH_TOKENS = 8192  # padding included, on one device at a time
+# HellaSwag as rendered here; the loss of the released 124M on the first 100M tokens of these corpora.
+PUBLISHED_HELLASWAG = {"gpt2": 0.2945, "gpt2-medium": 0.3752, "gpt2-large": 0.4320, "gpt2-xl": 0.4889}
+PUBLISHED_LOSS = {("gpt2", "fineweb-edu"): 3.2924, ("gpt2", "fineweb"): 3.4250}
+
+
+def score_validation(run: Run, config: TrainConfig) -> tuple[np.ndarray, np.ndarray]:
+    """
+    For each sequence in the first eval_tokens of the validation split, its loss summed over its tokens in nats and the
+    bytes of text that they stand for, (sequences,) float64, on all ranks together.
+
+    Every batch has the same shape, so that a compiled model is compiled once: rows that are missing at the end have -1
+    for targets, which the loss leaves out.
+    """
+    job, split, B, T = run.job, run.val_split, config.micro_batch_size, config.sequence_length
+    sequences = min(max(1, config.eval_tokens // T), int(split.first[-1]))
+    scores, losses = torch.zeros(2, sequences, dtype=torch.float64), []
+    starts = range(job.rank * B, sequences, job.world_size * B)
+    for start in starts:
+        count = min(B, sequences - start)
+        tokens, targets = torch.zeros(B, T, dtype=torch.int64), torch.full((B, T), -1)
+        batch = read_sequences(split, np.arange(start, start + count))
+        scores[1, start : start + count] = torch.from_numpy(run.token_bytes[batch[:, 1:]].sum(axis=1))
+        tokens[:count], targets[:count] = torch.from_numpy(batch[:, :-1]), torch.from_numpy(batch[:, 1:])
+        with run.autocast:
+            losses.append(run.compiled(tokens.to(job.device), targets.to(job.device), reduction="none").sum(dim=1))
+    for start, sums in zip(starts, losses, strict=True):
+        scores[0, start : start + B] = sums[: sequences - start].cpu()
+    nats, sizes = sum_over_ranks(scores, job).numpy()
+    return nats, sizes
+
+
+def score_tasks(run: Run, tasks: Tasks) -> tuple[np.ndarray, np.ndarray]:
+    """
+    For each row, (rows,) float64, the loss of its ending, summed over its tokens in nats, and how many of them are the
+    likeliest; on all ranks together. Of a row that is too long for the model the beginning is left out.
+
+    Rows of about the same length share a batch. The batches have many shapes, too many to compile each, and are the
+    same for any number of ranks and any micro-batch size. Logits are computed only where they are scored.
+    """
+    job, longest = run.job, run.model.config.block_size + 1
+    rows = [row[-longest:].astype(np.int64) for row in tasks.rows]
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]), reverse=True)
+    batches = []
+    while order:
+        size = max(1, TASK_BATCH_TOKENS // len(rows[order[0]]))
+        batches.append(order[:size])
+        order = order[size:]
+    scores, results = torch.zeros(2, len(rows), dtype=torch.float64), []
+    for batch in batches[job.rank :: job.world_size]:
+        T = len(rows[batch[0]]) - 1
+        tokens, targets = np.zeros((len(batch), T), dtype=np.int64), np.full((len(batch), T), -1)
+        for i, row in enumerate(batch):
+            end, begin = len(rows[row]) - 1, len(rows[row]) - 1 - tasks.scored[row]
+            tokens[i, :end], targets[i, begin:end] = rows[row][:-1], rows[row][begin + 1 :]
+        places = torch.from_numpy(np.flatnonzero(targets >= 0))
+        wanted = torch.from_numpy(targets.ravel())[places].to(job.device)
+        with run.autocast:
+            x = run.model.hidden(torch.from_numpy(tokens).to(job.device))
+            logits = run.model.logits(x.flatten(0, 1)[places.to(job.device)]).float()
+        losses = torch.nn.functional.cross_entropy(logits, wanted, reduction="none")
+        results.append((torch.tensor(batch)[places // T], losses, logits.argmax(dim=-1) == wanted))
+    for indices, *values in results:
+        for score, value in zip(scores, values, strict=True):
+            score.index_add_(0, indices, value.cpu().double())
+    nats, likeliest = sum_over_ranks(scores, job).numpy()
+    return nats, likeliest
+
+
+def standard_error(values: np.ndarray) -> float | None:
+    """Of the mean of independent values; None for a single one."""
+    return float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else None
+
+
+@torch.no_grad()
+def evaluate(run: Run, config: TrainConfig) -> dict[str, float | None]:
+    """
+    The metrics of the validation split and of the evaluation sets that are there, the same on all ranks.
+
+    "val_loss" in nats per token, with its perplexity, the bits per byte of text, and the standard error by taking the
+    sequences as independent. "hellaswag_acc" is how often the right ending has the smallest summed loss,
+    "hellaswag_acc_norm" the smallest per token. "lambada_acc" is how often all tokens of the last word are the
+    likeliest, "lambada_perplexity" the exponential of the mean loss of a word.
+    """
+    run.model.eval()
+    nats, sizes = score_validation(run, config)
+    tokens = len(nats) * config.sequence_length
+    metrics = {
+        "val_loss": nats.sum() / tokens,
+        "val_loss_se": standard_error(nats / config.sequence_length),
+        "val_perplexity": math.exp(nats.sum() / tokens),
+        "val_bits_per_byte": nats.sum() / math.log(2) / max(1, sizes.sum()),
+    }
+    for name, tasks in run.tasks.items():
+        nats, likeliest = score_tasks(run, tasks)
+        if name == "lambada":
+            metrics["lambada_perplexity"] = math.exp(nats.mean())
+            right = {"lambada_acc": likeliest == tasks.scored}
+        else:
+            shape = (len(tasks.labels), -1)
+            right = {
+                "hellaswag_acc": nats.reshape(shape).argmin(axis=1) == tasks.labels,
+                "hellaswag_acc_norm": (nats / tasks.scored).reshape(shape).argmin(axis=1) == tasks.labels,
+            }
+        for metric, hits in right.items():
+            metrics |= {metric: hits.mean(), f"{metric}_se": standard_error(hits)}
+    run.model.train()
+    return {name: None if value is None else float(value) for name, value in metrics.items()}
+
+
+def published_figures(model: GPT, source: str) -> dict[str, float]:
+    """What is published of OpenAI's model of this shape, by metric; nothing for another shape."""
+    shape = replace(model.config, dropout=0.0)
+    size = next((size for size in PUBLISHED_HELLASWAG if MODEL_SIZES[size] == shape), None)
+    figures = {"hellaswag_acc_norm": PUBLISHED_HELLASWAG.get(size), "val_loss": PUBLISHED_LOSS.get((size, source))}
+    return {metric: figure for metric, figure in figures.items() if figure is not None}
+
+
+# The loop
 
 
 def compute_gradients(run: Run, batch: torch.Tensor, grad_clip: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -682,32 +947,6 @@ def compute_gradients(run: Run, batch: torch.Tensor, grad_clip: float) -> tuple[
         total += loss.detach()
     run.scaler.unscale_(run.optimizer)
     return total, torch.nn.utils.clip_grad_norm_(run.model.parameters(), grad_clip or math.inf)
-
-
-@torch.no_grad()
-def evaluate(run: Run, config: TrainConfig) -> dict[str, float]:
-    """
-    "val_loss": the mean loss, in nats per token, over the first eval_tokens of the validation split, each scored once,
-    on all ranks together.
-
-    Every batch has the same shape, so that a compiled model is compiled once: rows that are missing at the end have -1
-    for targets, which the loss leaves out.
-    """
-    job, split, B, T = run.job, run.val_split, config.micro_batch_size, config.sequence_length
-    sequences = min(max(1, config.eval_tokens // T), int(split.first[-1]))
-    losses, counts = [torch.zeros((), device=job.device)], [0]
-    run.model.eval()
-    for start in range(job.rank * B, sequences, job.world_size * B):
-        count = min(B, sequences - start)
-        tokens, targets = torch.zeros(B, T, dtype=torch.int64), torch.full((B, T), -1)
-        batch = torch.from_numpy(read_sequences(split, np.arange(start, start + count)))
-        tokens[:count], targets[:count] = batch[:, :-1], batch[:, 1:]
-        with run.autocast:
-            losses.append(run.compiled(tokens.to(job.device), targets.to(job.device)).float())
-        counts.append(count)
-    run.model.train()
-    total = torch.stack(losses).cpu().double() @ torch.tensor(counts, dtype=torch.float64)
-    return {"val_loss": float(sum_over_ranks(total, job)) / sequences}
 
 
 def checkpoint_contents(run: Run, config: TrainConfig, step: int) -> tuple[GPT, dict] | None:
@@ -731,25 +970,33 @@ def train(config: TrainConfig) -> int:
     job, out, main_process = run.job, Path(config.out), run.job.rank == 0
     if main_process:
         say(run.description)
-    if config.eval_only:
-        evaluation = evaluate(run, config)
-        if main_process:
-            say(describe_evaluation(evaluation))
-        return 0
-    if main_process:
         out.mkdir(parents=True, exist_ok=True)
-        log = open_log(out / "metrics.jsonl", run.start or -1)  # from scratch, step 0 is evaluated again
+        # From scratch, step 0 is evaluated again; an evaluation alone leaves what is there.
+        log = open_log(out / "metrics.jsonl", math.inf if config.eval_only else run.start or -1)
+        # What an interrupted run wrote past the start is not to be shown.
+        board = import_summary_writer()(out, purge_step=run.start + 1) if config.tensorboard else None
+    if config.eval_only:
+        metrics = evaluate(run, config)
+        if main_process:
+            print(json.dumps({"evaluated": run.source} | metrics), file=log)
+            corpus = str(read_meta(Path(config.data)).get("source"))
+            say(evaluation_table(metrics, run.source, published_figures(run.model, corpus)))
+        return 0
 
     def record(entry: dict, text: str) -> None:
         if main_process:
             print(json.dumps(entry), file=log)
             say(text)
+            for name in entry.keys() - {"step"} if board else ():
+                if entry[name] is not None:
+                    board.add_scalar(name, entry[name], entry["step"])
 
     if config.eval_every and run.start == 0:
         evaluation = {"step": 0} | evaluate(run, config)
         record(evaluation, describe_evaluation(evaluation))
-    peak = peak_flops(job.device, run.dtype)
+    peak = peak_flops(torch.cuda.get_device_name(), run.dtype) if job.device.type == "cuda" else None
     flops = flops_per_token(replace(run.model.config, block_size=config.sequence_length))
+    began = time.perf_counter()
     with ThreadPoolExecutor(1) as loader, ThreadPoolExecutor(1) as writer, noted_signals() as signals:
         ahead = loader.submit(load_batch, run.train_split, config, run.start + 1, job)
         step = logged = saved = run.start
@@ -808,12 +1055,15 @@ def train(config: TrainConfig) -> int:
             since += time.perf_counter() - pause  # what is not training is not in its rate
         if writing:
             writing.result()
+    if main_process and board:
+        board.close()
     if interrupted and step < config.steps:
         if main_process:
             say(f"interrupted after step {step}; go on with the same command and --resume")
         return 128 + (signals[0] if signals else signal.SIGTERM)
     if main_process:
-        say(f"{config.steps} steps done; sample from the model with: python sample.py --model {checkpoints(out)[-1]}")
+        seconds, log = time.perf_counter() - began, read_log(out / "metrics.jsonl")
+        say(summarize(log, config, config.steps - run.start, seconds, checkpoints(out)[-1]))
     return 0
 
 
