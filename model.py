@@ -16,9 +16,10 @@ import json
 import math
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import requests
 import torch
@@ -63,6 +64,20 @@ LAYER_NORM_EPS = 1e-5
 KVCache = list[tuple[torch.Tensor, torch.Tensor]]  # keys and values of each layer, (B, n_head, block_size, head size)
 
 
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """
+    `F.linear`, (..., in) to (..., out). A few rows on a CPU, as generation has them, are multiplied as the columns of
+    W x^T, and one row as two of them: BLAS may read the weights of a product with a single vector in one thread only.
+    """
+    rows = x.numel() // x.size(-1)
+    if torch.is_grad_enabled() or rows > 8 or x.device.type != "cpu" or x.dtype != torch.float32:
+        return F.linear(x, weight, bias)
+    x_rows = x.reshape(rows, -1)
+    columns = (x_rows if rows > 1 else torch.cat((x_rows, x_rows))).t()
+    y = weight @ columns if bias is None else torch.addmm(bias[:, None], weight, columns)  # (out, columns)
+    return y[:, :rows].t().contiguous().view(*x.shape[:-1], -1)
+
+
 class CausalSelfAttention(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
@@ -72,19 +87,29 @@ class CausalSelfAttention(nn.Module):
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
         self.resid_dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: torch.Tensor, cache: tuple[torch.Tensor, torch.Tensor] | None, start: int) -> torch.Tensor:
+    def forward(
+        self,
+        x: torch.Tensor,
+        cache: tuple[torch.Tensor, torch.Tensor] | None,
+        start: int | torch.Tensor,
+        mask: torch.Tensor | None,
+    ) -> torch.Tensor:
         B, T, C = x.shape
-        q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)  # (B, nh, T, hs)
+        qkv = linear(x, self.c_attn.weight, self.c_attn.bias).view(B, T, 3, self.n_head, C // self.n_head)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, nh, T, hs) each
         if cache is not None:
             cached_k, cached_v = cache
-            cached_k[:, :, start : start + T] = k
-            cached_v[:, :, start : start + T] = v
-            k, v = cached_k[:, :, : start + T], cached_v[:, :, : start + T]
+            if mask is None:
+                cached_k[:, :, start : start + T] = k
+                cached_v[:, :, start : start + T] = v
+                k, v = cached_k[:, :, : start + T], cached_v[:, :, : start + T]
+            else:
+                k, v = cached_k.index_copy_(2, start, k), cached_v.index_copy_(2, start, v)
         # A single token at the end of the cache sees all of it; any other call starts at 0, where "causal" is a square.
         dropout = self.dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=T > 1)  # (B, nh, T, hs)
+        y = F.scaled_dot_product_attention(q, k, v, mask, dropout_p=dropout, is_causal=T > 1)  # (B, nh, T, hs)
         y = y.transpose(1, 2).reshape(B, T, C)
-        return self.resid_dropout(self.c_proj(y))
+        return self.resid_dropout(linear(y, self.c_proj.weight, self.c_proj.bias))
 
 
 class MLP(nn.Module):
@@ -95,7 +120,8 @@ class MLP(nn.Module):
         self.resid_dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.resid_dropout(self.c_proj(F.gelu(self.c_fc(x), approximate="tanh")))
+        x = F.gelu(linear(x, self.c_fc.weight, self.c_fc.bias), approximate="tanh")
+        return self.resid_dropout(linear(x, self.c_proj.weight, self.c_proj.bias))
 
 
 class Block(nn.Module):
@@ -106,9 +132,66 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd, eps=LAYER_NORM_EPS)
         self.mlp = MLP(config)
 
-    def forward(self, x: torch.Tensor, cache: tuple[torch.Tensor, torch.Tensor] | None, start: int) -> torch.Tensor:
-        x = x + self.attn(self.ln_1(x), cache, start)
+    def forward(
+        self,
+        x: torch.Tensor,
+        cache: tuple[torch.Tensor, torch.Tensor] | None,
+        start: int | torch.Tensor,
+        mask: torch.Tensor | None,
+    ) -> torch.Tensor:
+        x = x + self.attn(self.ln_1(x), cache, start, mask)
         return x + self.mlp(self.ln_2(x))
+
+
+class LinearCrossEntropy(torch.autograd.Function):
+    """
+    The mean cross-entropy of the logits x W^T over the targets that are not -1, a float32 scalar. Logits are made for a
+    chunk of rows at a time, and their gradient is used as soon as it is known, so that never more than a chunk of them
+    is kept: for a micro-batch they would be the largest thing in memory.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,  # noqa: ANN401
+        x: torch.Tensor,  # (N, C)
+        weight: torch.Tensor,  # (V, C), of which the first vocab_size rows count
+        targets: torch.Tensor,  # (N,) int64
+        vocab_size: int,
+        dtype: torch.dtype,  # of the matrix products
+    ) -> torch.Tensor:
+        w, total = weight.to(dtype), torch.zeros((), device=x.device)
+        x_grad, weight_grad = torch.empty_like(x), None
+        for rows in chunks(x):
+            logits = (x[rows].to(dtype) @ w.t()).float()
+            logits[:, vocab_size:] = -math.inf
+            log_probs = logits.log_softmax(dim=-1)
+            scored = (targets[rows] >= 0)[:, None]
+            index = targets[rows].clamp(min=0)[:, None]
+            total -= (log_probs.gather(1, index) * scored).sum()
+            grad = log_probs.exp_().scatter_add_(1, index, torch.full_like(index, -1, dtype=torch.float32)).mul_(scored)
+            grad = grad.to(dtype)
+            x_grad[rows] = grad @ w
+            if weight_grad is None:
+                weight_grad = (grad.t() @ x[rows].to(dtype)).to(weight.dtype)
+            elif dtype == weight.dtype:
+                weight_grad.addmm_(grad.t(), x[rows])
+            else:
+                weight_grad += grad.t() @ x[rows].to(dtype)
+        count = (targets >= 0).sum()
+        ctx.save_for_backward(x_grad, weight_grad, count)
+        return total / count
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple:  # noqa: ANN401
+        x_grad, weight_grad, count = ctx.saved_tensors
+        return x_grad.mul_(grad / count), weight_grad.mul_(grad / count), None, None, None
+
+
+def chunks(x: torch.Tensor) -> list[slice]:
+    """The rows of x in pieces whose logits fit a CPU's cache, or fill a GPU; at most 16, since compiled code has no
+    loops."""
+    size = max(8192 if x.device.type == "cuda" else 256, math.ceil(len(x) / 16))
+    return [slice(start, start + size) for start in range(0, len(x), size)]
 
 
 class GPT(nn.Module):
@@ -149,25 +232,31 @@ class GPT(nn.Module):
             for projection in (module.attn.c_proj, module.mlp.c_proj):
                 nn.init.normal_(projection.weight, std=0.02 / math.sqrt(2 * self.config.n_layer))
 
-    def hidden(self, tokens: torch.Tensor, cache: KVCache | None = None, start: int = 0) -> torch.Tensor:
+    def hidden(self, tokens: torch.Tensor, cache: KVCache | None = None, start: int | torch.Tensor = 0) -> torch.Tensor:
         """
         The trunk: (B, T) tokens at positions start, ..., start + T - 1 to (B, T, C), normalized for the output matrix.
 
         With a `cache`, keys and values are written there at the same positions, and those before `start` are read
-        from it; then either `start` is 0 or T is 1. Raises ValueError when the positions run past the block size.
+        from it; then either `start` is 0 or T is 1. As a tensor, (1,) int64, `start` can change while the kernels and
+        their sizes remain, which are then those of the whole cache. Raises ValueError when an int runs past the block
+        size.
         """
-        T = tokens.size(1)
-        if start + T > self.config.block_size:
-            raise ValueError(f"{start + T} tokens are more than the model's context of {self.config.block_size}")
-        x = self.transformer.wte(tokens) + self.transformer.wpe.weight[start : start + T]  # (B, T, C)
-        x = self.transformer.drop(x)
+        T, block_size = tokens.size(1), self.config.block_size
+        if isinstance(start, torch.Tensor):
+            positions = self.transformer.wpe(start)
+            mask = (torch.arange(block_size, device=tokens.device) <= start)[None]  # (1, block_size)
+        else:
+            if start + T > block_size:
+                raise ValueError(f"{start + T} tokens are more than the model's context of {block_size}")
+            positions, mask = self.transformer.wpe.weight[start : start + T], None
+        x = self.transformer.drop(self.transformer.wte(tokens) + positions)  # (B, T, C)
         for i, block in enumerate(self.transformer.h):
-            x = block(x, None if cache is None else cache[i], start)
+            x = block(x, None if cache is None else cache[i], start, mask)
         return self.transformer.ln_f(x)
 
     def logits(self, x: torch.Tensor) -> torch.Tensor:
         """(..., C) from `hidden` to (..., vocab_size)."""
-        return F.linear(x, self.transformer.wte.weight)[..., : self.config.vocab_size]
+        return linear(x, self.transformer.wte.weight)[..., : self.config.vocab_size]
 
     def forward(
         self, tokens: torch.Tensor, targets: torch.Tensor | None = None, reduction: str = "mean"
@@ -177,11 +266,20 @@ class GPT(nn.Module):
         float32 scalar in nats, over the positions whose target is not -1. With reduction "none", the cross-entropy of
         each position, (B, T) float32, 0 where the target is -1. Raises ValueError when T is past block_size.
         """
-        logits = self.logits(self.hidden(tokens))
+        x = self.hidden(tokens)
         if targets is None:
-            return logits
-        losses = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1, reduction=reduction)
-        return losses.view_as(targets) if reduction == "none" else losses
+            return self.logits(x)
+        x, flat_targets = x.flatten(0, 1), targets.flatten()
+        if reduction == "mean":
+            kind = x.device.type
+            dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+            weight = self.transformer.wte.weight
+            return LinearCrossEntropy.apply(x, weight, flat_targets, self.config.vocab_size, dtype)
+        losses = [
+            F.cross_entropy(self.logits(x[rows]).float(), flat_targets[rows], ignore_index=-1, reduction="none")
+            for rows in chunks(x)
+        ]
+        return torch.cat(losses).view_as(targets)
 
 
 def parameter_count(model: GPT) -> int:
@@ -378,6 +476,7 @@ def _fetch_file(url: str, path: Path, size: int, sha256: str | None, headers: di
     have = part.stat().st_size if part.exists() else 0
     if have < size:
         wanted = {**headers, "Range": f"bytes={have}-"} if have else headers
+        print(f"fetching {url} ({size / 1e6:.0f} MB)", file=sys.stderr)
         with requests.get(url, headers=wanted, stream=True, timeout=60) as response:
             response.raise_for_status()
             have = have if response.status_code == 206 else 0
@@ -402,22 +501,25 @@ def _fetch_file(url: str, path: Path, size: int, sha256: str | None, headers: di
 # Generation
 
 
-def probabilities(logits: torch.Tensor, temperature: float, top_k: int | None, top_p: float | None) -> torch.Tensor:
+def probabilities(
+    logits: torch.Tensor, temperature: float, top_k: int | None, top_p: float | None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    (B, V) logits to (B, V) float32 probabilities: divided by `temperature`, cut to the `top_k` most likely tokens, then
-    to the smallest set whose probability reaches `top_p`, and normalized again. None leaves a cut out.
+    (B, V) logits to the distribution that the next token is drawn from: (B, K) float32 probabilities and their (B, K)
+    int64 tokens. The logits are divided by `temperature`, cut to the `top_k` most likely tokens, then to the smallest
+    set whose probability reaches `top_p`, and normalized again. None leaves a cut out; what is cut has no place in the
+    result, or probability 0.
     """
-    logits = logits.float() / temperature
-    if top_k is not None and top_k < logits.size(-1):
-        threshold = logits.topk(top_k).values[:, -1:]
-        logits = logits.masked_fill(logits < threshold, -math.inf)
+    logits, vocab_size = logits.float() / temperature, logits.size(-1)
+    if top_k is None and top_p in (None, 1):
+        return logits.softmax(dim=-1), torch.arange(vocab_size, device=logits.device).expand_as(logits)
+    logits, tokens = logits.topk(min(top_k or vocab_size, vocab_size))  # the most likely first
     probs = logits.softmax(dim=-1)
-    if top_p is not None and top_p < 1:
-        ordered, order = probs.sort(dim=-1, descending=True)
-        before = ordered.cumsum(dim=-1) - ordered  # what the more likely tokens already hold
-        probs = torch.zeros_like(probs).scatter(-1, order, ordered.masked_fill(before >= top_p, 0.0))
+    if top_p is not None:
+        before = probs.cumsum(dim=-1) - probs  # what the more likely tokens already hold
+        probs = probs.masked_fill(before >= top_p, 0.0)
         probs = probs / probs.sum(dim=-1, keepdim=True)
-    return probs
+    return probs, tokens
 
 
 def sample_token(
@@ -430,9 +532,45 @@ def sample_token(
     """(B, V) logits to (B,) int64 tokens; temperature 0 takes the most likely one."""
     if temperature == 0:
         return logits.argmax(dim=-1)
-    probs = probabilities(logits, temperature, top_k, top_p)
+    probs, tokens = probabilities(logits, temperature, top_k, top_p)
     # argmax(p / Exponential(1)) is a draw from p, and unlike torch.multinomial it never waits for the GPU.
-    return (probs / torch.empty_like(probs).exponential_(generator=generator)).argmax(dim=-1)
+    drawn = (probs / torch.empty_like(probs).exponential_(generator=generator)).argmax(dim=-1, keepdim=True)
+    return tokens.gather(-1, drawn).squeeze(-1)
+
+
+def next_logits(model: GPT, token: torch.Tensor, cache: KVCache, position: int | torch.Tensor) -> torch.Tensor:
+    """The logits (B, V) after `token` (B,) at `position`, with what is before it in the cache."""
+    return model.logits(model.hidden(token[:, None], cache, position)[:, -1])
+
+
+def fixed_decoder(model: GPT, B: int, cache: KVCache, compiled: bool) -> Callable[[torch.Tensor, int], torch.Tensor]:
+    """
+    `next_logits` as a function of a token and its position that runs the same kernels on the same memory each time: on
+    CUDA they are captured as one graph, which costs the host one launch. What is in the cache is lost.
+    """
+    device = cache[0][0].device
+    token, position = (torch.zeros(size, dtype=torch.int64, device=device) for size in (B, 1))
+    step = torch.compile(next_logits) if compiled else next_logits
+    graph = torch.cuda.CUDAGraph() if device.type == "cuda" else None
+    if graph:
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):  # what only the first calls do, as compiling, is no part of the graph
+            for _ in range(3):
+                step(model, token, cache, position)
+        torch.cuda.current_stream().wait_stream(stream)
+        with torch.cuda.graph(graph):
+            captured = step(model, token, cache, position)
+
+    def decode(new_token: torch.Tensor, new_position: int) -> torch.Tensor:
+        token.copy_(new_token)
+        position.fill_(new_position)
+        if graph is None:
+            return step(model, token, cache, position)
+        graph.replay()
+        return captured
+
+    return decode
 
 
 @torch.inference_mode()
@@ -445,16 +583,20 @@ def generate(
     top_p: float | None = None,
     generator: torch.Generator | None = None,
     stop_token: int | None = None,
+    fixed: bool = False,
+    compiled: bool = False,
 ) -> Iterator[torch.Tensor]:
     """
     Continue a batch of prompts of one length: from (B, T) tokens, yield `max_new_tokens` times the next (B,) int64.
 
     The keys and values of all that was read are kept in a preallocated cache, so that a token costs one pass over the
     weights. When the context is full, the last half of it becomes the new context. A row that has drawn `stop_token`
-    goes on with `stop_token`; when all rows have, the generation ends. `generator` (on the model's device) makes the
-    draws reproducible. Raises ValueError for an empty prompt, one longer than the context, or a setting out of range.
+    goes on with `stop_token`; when all rows have, the generation ends (on CUDA, where asking means waiting, within 16
+    tokens). `generator` (on the model's device) makes the draws reproducible. With `fixed`, a token's pass is the same
+    for every position, over the whole cache, and on CUDA captured as a graph; `compiled` compiles that pass. Raises
+    ValueError for an empty prompt, one longer than the context, or a setting out of range.
     """
-    config = model.config
+    config, device = model.config, tokens.device
     B, T = tokens.shape
     if not 1 <= T <= config.block_size:
         raise ValueError(f"a prompt must have 1 to {config.block_size} tokens (the model's context), not {T}")
@@ -462,22 +604,29 @@ def generate(
         raise ValueError("temperature must be at least 0, top_k at least 1, and top_p above 0 and at most 1")
     weight = model.transformer.wte.weight
     shape = (B, config.n_head, config.block_size, config.n_embd // config.n_head)
-    cache = [(weight.new_empty(shape), weight.new_empty(shape)) for _ in range(config.n_layer)]
+    # Where the whole cache is read and masked, what is not yet written there must be finite.
+    allocate = weight.new_zeros if fixed or compiled else weight.new_empty
+    cache = [(allocate(shape), allocate(shape)) for _ in range(config.n_layer)]
     context = tokens.new_empty(B, config.block_size)  # the tokens behind the cache's entries
     context[:, :T] = tokens
     start, end = 0, T  # context[:, start:end] is still to be read into the cache
-    finished = torch.zeros(B, dtype=torch.bool, device=tokens.device)
+    finished = torch.zeros(B, dtype=torch.bool, device=device)
+    ask_every = 16 if device.type == "cuda" else 1
     was_training = model.training
     model.eval()
     try:
-        for _ in range(max_new_tokens):
-            x = model.hidden(context[:, start:end], cache, start)
-            token = sample_token(model.logits(x[:, -1]), temperature, top_k, top_p, generator)
+        decode = fixed_decoder(model, B, cache, compiled) if fixed or compiled else None
+        for i in range(1, max_new_tokens + 1):
+            if decode and start > 0:
+                logits = decode(context[:, start], start)
+            else:
+                logits = model.logits(model.hidden(context[:, start:end], cache, start)[:, -1])
+            token = sample_token(logits, temperature, top_k, top_p, generator)
             if stop_token is not None:
                 token = token.masked_fill(finished, stop_token)
                 finished |= token == stop_token
             yield token
-            if stop_token is not None and finished.all():
+            if stop_token is not None and i % ask_every == 0 and finished.all():
                 return
             start = end
             if end == config.block_size:

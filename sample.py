@@ -4,11 +4,15 @@ Continue a prompt with a trained GPT-2; the text streams to standard output as i
     python sample.py                                                    # the newest checkpoint under out/
     python sample.py --model gpt2 --prompt "Hello, I'm a language model," # OpenAI's weights
     echo "Once upon a time" | python sample.py --prompt -
+    python sample.py --interactive
+
+Standard output has the text and nothing else; the rate comes last, on standard error.
 """
 
 import argparse
 import codecs
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -41,18 +45,50 @@ def make_decoder(tokenizer: tiktoken.Encoding) -> Callable[[int], str]:
     return decode
 
 
-def write_samples(steps: Iterator[torch.Tensor], prompt: str, tokenizer: tiktoken.Encoding, num_samples: int) -> None:
-    """Print the first sample of a batch while it is generated, and the others, each behind a rule, when it is done."""
+def on_host(steps: Iterator[torch.Tensor], device: torch.device) -> Iterator[list[int]]:
+    """The tokens of each step as numbers; on CUDA, one step behind, so that the device need not wait for the host."""
+    if device.type != "cuda":
+        yield from (tokens.tolist() for tokens in steps)
+        return
+    before = None
+    for tokens in steps:
+        copy, copied = tokens.to("cpu", non_blocking=True), torch.cuda.Event()
+        copied.record()
+        if before is not None:
+            before[1].synchronize()
+            yield before[0].tolist()
+        before = copy, copied
+    torch.cuda.synchronize()
+    yield before[0].tolist()
+
+
+def write_samples(steps: Iterator[list[int]], prompt: str, tokenizer: tiktoken.Encoding, num_samples: int) -> int:
+    """Print the first sample of a batch while it is generated, and the others, each behind a rule, when it is done.
+    Returns the number of steps."""
     decoders = [make_decoder(tokenizer) for _ in range(num_samples)]
-    texts = [""] * num_samples
+    texts, count = [""] * num_samples, 0
     print(prompt, end="", flush=True)
     for tokens in steps:
-        pieces = [decode(token) for decode, token in zip(decoders, tokens.tolist(), strict=True)]
+        count += 1
+        pieces = [decode(token) for decode, token in zip(decoders, tokens, strict=True)]
         texts = [text + piece for text, piece in zip(texts, pieces, strict=True)]
         print(pieces[0], end="", flush=True)
     print(decoders[0](tokenizer.eot_token))
     for text, decode in zip(texts[1:], decoders[1:], strict=True):
-        print(f"{'-' * 80}\n{prompt}{text}{decode(tokenizer.eot_token)}")
+        print(f"{'-' * 80}\n{prompt}{text}{decode(tokenizer.eot_token)}", flush=True)
+    return count
+
+
+def read_prompts(args: argparse.Namespace) -> Iterator[str]:
+    """The prompt of the command line or of standard input; with --interactive, each line of that."""
+    if not args.interactive:
+        yield sys.stdin.read().removesuffix("\n") if args.prompt == "-" else args.prompt
+        return
+    while True:
+        print("> ", end="", file=sys.stderr, flush=True)
+        if not (line := sys.stdin.readline()):
+            return
+        yield line.removesuffix("\n")
 
 
 def sample(args: argparse.Namespace) -> None:
@@ -60,29 +96,38 @@ def sample(args: argparse.Namespace) -> None:
     device = choose_device(args.device)
     tokenizer = get_tokenizer(model_tokenizer(source))
     model = load_model(source).to(device, choose_dtype(args.dtype, device))
-    prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
-    tokens = tokenizer.encode_ordinary(prompt) or [tokenizer.eot_token]  # without a prompt, a new document
-    if len(tokens) > model.config.block_size:
-        raise ValueError(
-            f"the prompt has {len(tokens)} tokens, more than the model's context of {model.config.block_size}"
+    generator = torch.Generator(device).manual_seed(args.seed)
+    for prompt in read_prompts(args):
+        tokens = tokenizer.encode_ordinary(prompt) or [tokenizer.eot_token]  # without a prompt, a new document
+        if len(tokens) > model.config.block_size:
+            problem = f"the prompt has {len(tokens)} tokens, more than the model's context of {model.config.block_size}"
+            if not args.interactive:
+                raise ValueError(problem)
+            print(problem, file=sys.stderr)
+            continue
+        began = time.perf_counter()
+        steps = generate(
+            model,
+            torch.tensor([tokens] * args.num_samples, device=device),
+            args.max_new_tokens,
+            args.temperature,
+            args.top_k or None,
+            args.top_p,
+            generator,
+            stop_token=tokenizer.eot_token,
+            fixed=device.type == "cuda",
+            compiled=args.compile,
         )
-    steps = generate(
-        model,
-        torch.tensor([tokens] * args.num_samples, device=device),
-        args.max_new_tokens,
-        args.temperature,
-        args.top_k or None,
-        args.top_p,
-        torch.Generator(device).manual_seed(args.seed),
-        stop_token=tokenizer.eot_token,
-    )
-    write_samples(steps, prompt, tokenizer, args.num_samples)
+        count = write_samples(on_host(steps, device), prompt, tokenizer, args.num_samples) * args.num_samples
+        seconds = time.perf_counter() - began
+        print(f"{count} tokens in {seconds:.1f} s, {count / seconds:.1f} tokens/s", file=sys.stderr)
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, description="Generate text with a trained GPT-2.")
     parser.add_argument("--model", help="a checkpoint, or gpt2, gpt2-medium, ... (default: the newest under out/)")
     parser.add_argument("--prompt", default="", help="text to go on from; - reads standard input (default: none)")
+    parser.add_argument("--interactive", action="store_true", help="ask for prompts, a line each, until end of input")
     parser.add_argument("--num-samples", type=int, default=1, help="(default: 1)")
     parser.add_argument("--max-new-tokens", type=int, default=500, help="per sample (default: 500)")
     parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token (default: 0.8)")
@@ -91,6 +136,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=1337, help="the same seed gives the same text (default: 1337)")
     parser.add_argument("--device", default="auto", choices=DEVICES, help="(default: auto)")
     parser.add_argument("--dtype", default="auto", choices=DTYPES, help="(default: auto)")
+    parser.add_argument("--compile", action="store_true", help="compile the pass that makes a token: for long texts")
     args = parser.parse_args(argv)
     if (
         args.num_samples < 1

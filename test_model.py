@@ -272,11 +272,21 @@ def greedy_without_cache(model: GPT, tokens: torch.Tensor, count: int) -> torch.
     return torch.stack(new, dim=1)
 
 
-@pytest.mark.parametrize(("batch", "prompt"), [(1, 1), (1, 16), (3, 5)])
-def test_law_4_cache_changes_no_token(batch: int, prompt: int) -> None:
+@pytest.mark.parametrize(
+    ("batch", "prompt", "how"),
+    [
+        (1, 1, {}),
+        (1, 16, {}),
+        (3, 5, {}),
+        (1, 16, {"fixed": True}),
+        (3, 1, {"fixed": True}),
+        (2, 5, {"compiled": True}),
+    ],
+)
+def test_law_4_cache_changes_no_token(batch: int, prompt: int, how: dict[str, bool]) -> None:
     model = random_model()
     tokens = torch.randint(61, (batch, prompt))
-    cached = torch.stack(list(generate(model, tokens, 60, temperature=0)), dim=1)  # three times past the context
+    cached = torch.stack(list(generate(model, tokens, 60, temperature=0, **how)), dim=1)  # three times past the context
     assert torch.equal(cached, greedy_without_cache(model, tokens, 60))
     assert len(cached.unique()) > 5
 
@@ -311,7 +321,8 @@ def test_probabilities_are_those_of_the_definition() -> None:
                 size = 1 + int(np.argmax(np.cumsum(row[order]) >= top_p - 1e-12))  # the smallest set that reaches top_p
                 row[order[size:]] = 0
                 row /= row.sum()
-        got = model_module.probabilities(torch.from_numpy(logits), temperature, top_k, top_p)
+        probs, tokens = model_module.probabilities(torch.from_numpy(logits), temperature, top_k, top_p)
+        got = torch.zeros(20, 30).scatter(1, tokens, probs)
         np.testing.assert_allclose(got.numpy(), wanted, rtol=1e-4, atol=1e-7)
 
 
@@ -419,6 +430,10 @@ def test_openai_weights_are_fetched_once_and_checked(
     site.requests.clear()
     load_model("gpt2")
     assert not site.requests  # from the cache
+
+    for path in list(site.content):  # all four sizes are fetched in the same way
+        site.content[path.replace("gpt2", "gpt2-xl")] = site.content[path]
+    assert load_model("gpt2-xl").config == TINY
 
     shutil.rmtree(tmp_path / "cache")
     site.faults[:] = ["", "", "lie"]
@@ -842,7 +857,7 @@ def test_law_2_and_6_on_one_process_and_on_two(data: Path, tmp_path: Path) -> No
     command = ["--standalone", "--nproc_per_node=2", ROOT / "train.py"]
     run("torchrun", *command, *flags(data, tmp_path / "ranks", **changes))
     for other in (pieces, tmp_path / "ranks" / "step_000004"):
-        assert_same_weights(whole, other, tolerance=1e-5)
+        assert_same_weights(whole, other, tolerance=2e-5)
         for one, two in zip(read_log(tmp_path / "whole"), read_log(other.parent), strict=True):
             assert one.keys() == two.keys() and one == pytest.approx(two, rel=1e-5)
     # The losses, from their definition
@@ -1267,8 +1282,9 @@ def test_demo_from_nothing_to_text(
         r"step 12/12 \| loss [\d.]+ \| lr [\d.e-]+ \| norm [\d.]+ \| \d+ ms \| [\d,]+ tok/s", trained.stdout
     )
 
-    text = run("sample.py", "--max-new-tokens", 50, cwd=tmp_path).stdout
-    assert len(text) > 10
+    done = run("sample.py", "--max-new-tokens", 50, cwd=tmp_path)
+    text = done.stdout
+    assert len(text) > 10 and re.fullmatch(r"\d+ tokens in [\d.]+ s, [\d.]+ tokens/s\n", done.stderr)
     monkeypatch.chdir(tmp_path)
 
     def sampled(*options: object) -> str:
@@ -1279,8 +1295,11 @@ def test_demo_from_nothing_to_text(
     assert sampled() == text and sampled("--seed", 1) != text
     assert len(parts := sampled("--prompt", "The", "--num-samples", 3).split("-" * 80 + "\n")) == 3
     assert all(part.startswith("The") and part.endswith("\n") for part in parts)
-    monkeypatch.setattr("sys.stdin", io.StringIO("of which "))
-    assert sampled("--prompt", "-").startswith("of which ")
+    monkeypatch.setattr("sys.stdin", io.StringIO("of which\n"))  # as echo writes it: the end of the line is not meant
+    assert sampled("--prompt", "-") == sampled("--prompt", "of which")
+    monkeypatch.setattr("sys.stdin", io.StringIO("The\n" + "x" * 2000 + "\nof which\n"))
+    asked = sampled("--interactive")
+    assert asked.startswith(sampled("--prompt", "The")) and "\nof which" in asked and "xx" not in asked
     assert "the prompt has 2000 tokens" in refusal(sample.main, capsys, "--prompt", "x" * 2000)
     assert "is not a model" in refusal(sample.main, capsys, "--model", "nothing")
     assert "--top-p above 0" in refusal(sample.main, capsys, "--top-p", 1.5, status=2)
