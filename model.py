@@ -160,23 +160,29 @@ class LinearCrossEntropy(torch.autograd.Function):
         dtype: torch.dtype,  # of the matrix products
     ) -> torch.Tensor:
         w, total = weight.to(dtype), torch.zeros((), device=x.device)
-        x_grad, weight_grad = torch.empty_like(x), None
-        for rows in chunks(x):
-            logits = (x[rows].to(dtype) @ w.t()).float()
+        x_grad, weight_grad = torch.empty_like(x), torch.zeros_like(weight)
+        pieces = chunks(x)
+        # Float32 products go straight to where they are needed: on a CPU, new memory costs as much as the softmax.
+        direct = dtype == x.dtype == weight.dtype
+        buffer = x.new_empty(pieces[0].stop, len(w)) if direct else None
+        for rows in pieces:
+            x_rows = x[rows].to(dtype)
+            logits = torch.mm(x_rows, w.t(), out=buffer[: len(x_rows)]) if direct else (x_rows @ w.t()).float()
             logits[:, vocab_size:] = -math.inf
-            log_probs = logits.log_softmax(dim=-1)
             scored = (targets[rows] >= 0)[:, None]
             index = targets[rows].clamp(min=0)[:, None]
-            total -= (log_probs.gather(1, index) * scored).sum()
-            grad = log_probs.exp_().scatter_add_(1, index, torch.full_like(index, -1, dtype=torch.float32)).mul_(scored)
-            grad = grad.to(dtype)
-            x_grad[rows] = grad @ w
-            if weight_grad is None:
-                weight_grad = (grad.t() @ x[rows].to(dtype)).to(weight.dtype)
-            elif dtype == weight.dtype:
-                weight_grad.addmm_(grad.t(), x[rows])
+            picked, top = logits.gather(1, index), logits.amax(dim=-1, keepdim=True)
+            probs = torch.softmax(logits, dim=-1, out=logits) if direct else logits.softmax(dim=-1)
+            log_sum = top - probs.amax(dim=-1, keepdim=True).log()  # of the exponentials of the logits
+            total += ((log_sum - picked) * scored).sum()
+            grad = probs.scatter_add_(1, index, torch.full_like(picked, -1)).mul_(scored)
+            if direct:
+                torch.mm(grad, w, out=x_grad[rows])
+                torch.addmm(weight_grad, grad.t(), x_rows, out=weight_grad)
             else:
-                weight_grad += grad.t() @ x[rows].to(dtype)
+                grad = grad.to(dtype)
+                x_grad[rows] = grad @ w
+                weight_grad += grad.t() @ x_rows
         count = (targets >= 0).sum()
         ctx.save_for_backward(x_grad, weight_grad, count)
         return total / count
@@ -188,10 +194,11 @@ class LinearCrossEntropy(torch.autograd.Function):
 
 
 def chunks(x: torch.Tensor) -> list[slice]:
-    """The rows of x in pieces whose logits fit a CPU's cache, or fill a GPU; at most 16, since compiled code has no
-    loops."""
-    size = max(8192 if x.device.type == "cuda" else 256, math.ceil(len(x) / 16))
-    return [slice(start, start + size) for start in range(0, len(x), size)]
+    """The rows of x in pieces, large enough for fast products; at most 16 in compiled code, which writes a loop out."""
+    size = 8192 if x.device.type == "cuda" else 256
+    if torch.compiler.is_compiling():
+        size = max(size, math.ceil(len(x) / 16))
+    return [slice(start, min(start + size, len(x))) for start in range(0, len(x), size)]
 
 
 class GPT(nn.Module):
@@ -274,7 +281,9 @@ class GPT(nn.Module):
             kind = x.device.type
             dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
             weight = self.transformer.wte.weight
-            return LinearCrossEntropy.apply(x, weight, flat_targets, self.config.vocab_size, dtype)
+            # On a CPU the kernels as they are beat compiled ones here.
+            loss = LinearCrossEntropy.apply if kind == "cuda" else torch.compiler.disable(LinearCrossEntropy.apply)
+            return loss(x, weight, flat_targets, self.config.vocab_size, dtype)
         losses = [
             F.cross_entropy(self.logits(x[rows]).float(), flat_targets[rows], ignore_index=-1, reduction="none")
             for rows in chunks(x)

@@ -174,6 +174,21 @@ def test_loss_is_over_exactly_the_vocabulary_and_leaves_out_minus_one() -> None:
     assert model.transformer.wte.weight.grad[:61].abs().max() > 0
 
 
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
+def test_loss_by_chunks_is_the_loss_of_the_whole(dtype: torch.dtype, tolerance: float) -> None:
+    torch.manual_seed(0)
+    x, weight = torch.randn(600, 32, requires_grad=True), torch.randn(384, 32, requires_grad=True)
+    targets = torch.randint(300, (600,))
+    targets[100:400:7] = -1
+    loss = F.cross_entropy(x @ weight[:300].t(), targets, ignore_index=-1)
+    expected = loss, *torch.autograd.grad(3 * loss, (x, weight))
+    apply = model_module.LinearCrossEntropy.apply
+    for function in (apply, torch.compile(apply)):
+        loss = function(x, weight, targets, 300, dtype)
+        for one, other in zip((loss, *torch.autograd.grad(3 * loss, (x, weight))), expected, strict=True):
+            assert one.dtype == torch.float32 and (one - other).norm() < tolerance * other.norm()
+
+
 def test_weights_start_as_in_the_paper() -> None:
     torch.manual_seed(0)
     model = GPT(GPTConfig(block_size=64, vocab_size=300, n_layer=8, n_head=4, n_embd=128))
@@ -1129,6 +1144,24 @@ def test_compiled_run_evaluates_samples_and_trains_the_same(data: Path, tmp_path
     assert_same_weights(eager, compiled, tolerance=1e-4)
     for one, two in zip(read_log(tmp_path / "eager"), read_log(tmp_path / "compiled"), strict=True):
         assert one == pytest.approx(two, rel=1e-3)
+
+
+def test_micro_batch_is_found_and_one_too_large_is_told_which_fits(
+    data: Path, tmp_path: Path, tiny_size: None, capsys: pytest.CaptureFixture
+) -> None:
+    changes = {"steps": 1, "eval_every": 0, "checkpoint_every": 0, "total_batch_tokens": 2**17}
+    found = run_train(data, tmp_path / "found", **changes, micro_batch_size=0)
+    assert "micro-batches of 128 " in capsys.readouterr().out  # 4,096 tokens
+    assert_same_weights(found, run_train(data, tmp_path / "given", **changes, micro_batch_size=64), tolerance=2e-5)
+    in_use = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (in_use + 150_000_000, limits[1]))
+    try:
+        message = refusal(train.main, capsys, *flags(data, tmp_path / "much", **changes, micro_batch_size=2**12))
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)
+    said = re.search(r"--micro-batch-size 4096 does not fit in memory; --micro-batch-size (\d+) fits", message)
+    assert said and 1 < int(said[1]) < 2**12 and 2**12 % int(said[1]) == 0
 
 
 def test_mfu_is_told_for_known_cards_in_dtypes_that_they_have(monkeypatch: pytest.MonkeyPatch) -> None:

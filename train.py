@@ -73,7 +73,7 @@ class TrainConfig:
     eval_only: bool = option(False, "evaluate --init-from, or the newest checkpoint in --out, and stop")
     seed: int = option(1337, "of the initialization, the order of the data, and dropout")
     sequence_length: int = option(1024, "tokens in a sequence; of a new model also its context")
-    micro_batch_size: int = option(16, "sequences on one device at a time")
+    micro_batch_size: int = option(0, "sequences on one device at a time, 0 for the most that fit")
     total_batch_tokens: int = option(2**19, "tokens in an update, over all devices and accumulation steps")
     steps: int = option(19073, "updates")
     warmup_steps: int = option(715, "updates until --max-lr")
@@ -118,7 +118,7 @@ PRESETS = {
 }
 BETAS = (0.9, 0.95)
 FLOAT16_SKIPS = 20  # updates in a row that float16's scaler may skip, while it finds its scale
-POSITIVE = ["sequence_length", "micro_batch_size", "total_batch_tokens", "steps", "eval_tokens", "log_every"]
+POSITIVE = ["sequence_length", "total_batch_tokens", "steps", "eval_tokens", "log_every"]
 # What a checkpoint and the command line must agree on, since it decides what is computed.
 FIXED_OPTIONS = [
     "model",
@@ -170,12 +170,13 @@ def check_config(config: TrainConfig, world_size: int) -> None:
         raise ValueError(f"--dropout must be below 1, not {config.dropout}")
     if config.min_lr > config.max_lr:
         raise ValueError(f"--min-lr ({config.min_lr}) must not be more than --max-lr ({config.max_lr})")
-    piece = config.sequence_length * config.micro_batch_size * world_size
+    size = max(1, config.micro_batch_size)
+    piece = config.sequence_length * size * world_size
     if config.total_batch_tokens % piece:
         below, above = config.total_batch_tokens // piece * piece, -(-config.total_batch_tokens // piece) * piece
         raise ValueError(
             f"--total-batch-tokens {config.total_batch_tokens} cannot be cut into micro-batches of "
-            f"{config.micro_batch_size} sequences of {config.sequence_length} tokens on {world_size} devices; "
+            f"{size} sequences of {config.sequence_length} tokens on {world_size} devices; "
             f"the nearest that can: {f'{below} or ' if below else ''}{above}"
         )
 
@@ -709,6 +710,52 @@ def find_source(config: TrainConfig, data: list[int], job: Job) -> tuple[str, bo
     return found[0], found[1]
 
 
+def micro_batch_sizes(config: TrainConfig, job: Job) -> list[int]:
+    """How many sequences at a time a rank's part of a batch can be cut into, the most first."""
+    share = config.total_batch_tokens // config.sequence_length // job.world_size
+    return [size for size in range(share, 0, -1) if share % size == 0]
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)  # the latter on a CPU
+
+
+def fits(size: int, config: TrainConfig, model: GPT, job: Job, autocast: torch.autocast) -> bool:
+    """Whether there is room for a forward and a backward pass of so many sequences, and the optimizer's state."""
+    try:
+        optimizer_state = torch.empty(2 * parameter_count(model), device=job.device)
+        tokens = torch.zeros(size, config.sequence_length, dtype=torch.int64, device=job.device)
+        with autocast:
+            model(tokens, tokens).backward()
+        del optimizer_state
+        return True
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        return False
+    finally:
+        model.zero_grad(set_to_none=True)
+        if job.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def find_micro_batch_size(config: TrainConfig, model: GPT, job: Job, autocast: torch.autocast) -> int:
+    """The largest micro-batch that the GPUs of all ranks have room for, by trying, uncompiled. Elsewhere at most 4,096
+    tokens: a CPU is no faster with more, and has no memory of its own that could be filled."""
+    sizes = micro_batch_sizes(config, job)
+    if job.device.type == "cuda" and not config.eval_only:
+        torch.cuda.set_per_process_memory_fraction(0.9, job.device)  # the rest is for evaluation, samples and gaps
+        size = next((size for size in sizes if fits(size, config, model, job, autocast)), 1)
+        torch.cuda.set_per_process_memory_fraction(1.0, job.device)
+    else:
+        size = next((size for size in sizes if size * config.sequence_length <= 4096), 1)
+    if dist.is_initialized():
+        smallest = torch.tensor(size, device=job.device)
+        dist.all_reduce(smallest, dist.ReduceOp.MIN)
+        size = int(smallest)
+    return size
+
+
 class Run(NamedTuple):
     """What a run consists of when it is set up. `compiled` and `parallel` run `model`, the one compiled (or not), the
     other wrapped for training on several ranks (or not); the parameters and their plain names are those of `model`."""
@@ -728,6 +775,7 @@ class Run(NamedTuple):
     tasks: dict[str, Tasks]
     source: str  # where the weights are from, "" for new ones
     start: int  # the updates that were made before
+    micro_batch_size: int
     description: str
 
 
@@ -754,27 +802,27 @@ def set_up(config: TrainConfig) -> Run:
     if config.zero and job.world_size > 1:
         optimizer = divide_optimizer(optimizer)
     scaler = torch.amp.GradScaler(job.device.type, enabled=dtype == torch.float16)
-    start = 0
+    autocast = torch.autocast(job.device.type, dtype=dtype, enabled=dtype != torch.float32)
+    start, micro_batch_size = 0, config.micro_batch_size
     if resuming:
         state = load_trainer(Path(source))
         optimizer.load_state_dict(state["optimizer"])
         scaler.load_state_dict(state["scaler"])
         start = state["step"]
+        # What was found once is kept, so that the sums are of the same parts.
+        micro_batch_size = micro_batch_size or state["config"]["micro_batch_size"]
+        if micro_batch_size not in micro_batch_sizes(config, job):
+            micro_batch_size = 0
+    micro_batch_size = micro_batch_size or find_micro_batch_size(config, model, job, autocast)
     compiles = job.device.type == "cuda" if config.compile is None else config.compile
     compiled = parallel = torch.compile(model) if compiles else model
-    autocast = torch.autocast(job.device.type, dtype=dtype, enabled=dtype != torch.float32)
     if dist.is_initialized() and not config.eval_only:
         devices = [job.device] if job.device.type == "cuda" else None
         parallel = DistributedDataParallel(compiled, device_ids=devices, gradient_as_bucket_view=True)
-        # After its first backward DistributedDataParallel cuts its buckets anew, and with them the order in which
-        # gradients are summed over more than two ranks. It must not be that of the first update after a resumption.
-        tokens = torch.zeros(config.micro_batch_size, config.sequence_length, dtype=torch.int64, device=job.device)
-        with autocast:
-            parallel(tokens, tokens).backward()
-        optimizer.zero_grad(set_to_none=True)
     description = (
         f"{parameter_count(model):,} parameters | {sum(train_split.tokens):,} tokens | {job.world_size} x "
-        f"{job.device.type}, {str(dtype).removeprefix('torch.')}{', compiled' if compiles else ''} | "
+        f"{job.device.type}, {str(dtype).removeprefix('torch.')}{', compiled' if compiles else ''}, micro-batches of "
+        f"{micro_batch_size} | "
         f"{'going on' if resuming else 'starting'} from {source or 'scratch'}"
     )
     return Run(
@@ -793,6 +841,7 @@ def set_up(config: TrainConfig) -> Run:
         tasks=tasks,
         source=source,
         start=start,
+        micro_batch_size=micro_batch_size,
         description=description,
     )
 
@@ -965,8 +1014,23 @@ def checkpoint_contents(run: Run, config: TrainConfig, step: int) -> tuple[GPT, 
 
 def train(config: TrainConfig) -> int:
     """Run a training, or the rest of one, from the data in config.data to the log and the checkpoints in config.out.
-    Returns the exit status: 0, or 128 + the signal that interrupted it. Raises FloatingPointError when it diverges."""
+    Returns the exit status: 0, or 128 + the signal that interrupted it. Raises FloatingPointError when it diverges, and
+    ValueError or OSError with a sentence for the user."""
     run = set_up(config)
+    config = replace(config, micro_batch_size=run.micro_batch_size)
+    try:
+        return train_or_evaluate(run, config)
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+    # Here the error is gone, and with it what the pass that failed had in memory.
+    smaller = [size for size in micro_batch_sizes(config, run.job) if size < config.micro_batch_size]
+    fitting = next((size for size in smaller if fits(size, config, run.model, run.job, run.autocast)), None)
+    advice = f"--micro-batch-size {fitting} fits" if fitting else "a smaller --model or --sequence-length may fit"
+    raise ValueError(f"--micro-batch-size {config.micro_batch_size} does not fit in memory; {advice}")
+
+
+def train_or_evaluate(run: Run, config: TrainConfig) -> int:
     job, out, main_process = run.job, Path(config.out), run.job.rank == 0
     if main_process:
         say(run.description)
@@ -991,6 +1055,13 @@ def train(config: TrainConfig) -> int:
                 if entry[name] is not None:
                     board.add_scalar(name, entry[name], entry["step"])
 
+    if run.parallel is not run.compiled:
+        # After its first backward DistributedDataParallel cuts its buckets anew, and with them the order in which
+        # gradients are summed over more than two ranks. It must not be that of the first update after a resumption.
+        tokens = torch.zeros(config.micro_batch_size, config.sequence_length, dtype=torch.int64, device=job.device)
+        with run.autocast:
+            run.parallel(tokens, tokens).backward()
+        run.optimizer.zero_grad(set_to_none=True)
     if config.eval_every and run.start == 0:
         evaluation = {"step": 0} | evaluate(run, config)
         record(evaluation, describe_evaluation(evaluation))
