@@ -281,8 +281,9 @@ class GPT(nn.Module):
             kind = x.device.type
             dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
             weight = self.transformer.wte.weight
-            # On a CPU the kernels as they are beat compiled ones here.
-            loss = LinearCrossEntropy.apply if kind == "cuda" else torch.compiler.disable(LinearCrossEntropy.apply)
+            loss = LinearCrossEntropy.apply
+            if torch.compiler.is_compiling() and kind != "cuda":  # on a CPU, compiled code is slower here
+                loss = torch.compiler.disable(loss)
             return loss(x, weight, flat_targets, self.config.vocab_size, dtype)
         losses = [
             F.cross_entropy(self.logits(x[rows]).float(), flat_targets[rows], ignore_index=-1, reduction="none")

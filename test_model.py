@@ -183,7 +183,7 @@ def test_loss_by_chunks_is_the_loss_of_the_whole(dtype: torch.dtype, tolerance: 
     loss = F.cross_entropy(x @ weight[:300].t(), targets, ignore_index=-1)
     expected = loss, *torch.autograd.grad(3 * loss, (x, weight))
     apply = model_module.LinearCrossEntropy.apply
-    for function in (apply, torch.compile(apply)):
+    for function in (apply, torch.compile(apply)) if dtype == torch.bfloat16 else (apply,):  # compiled only on GPUs
         loss = function(x, weight, targets, 300, dtype)
         for one, other in zip((loss, *torch.autograd.grad(3 * loss, (x, weight))), expected, strict=True):
             assert one.dtype == torch.float32 and (one - other).norm() < tolerance * other.norm()

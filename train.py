@@ -1168,6 +1168,9 @@ def main(argv: list[str] | None = None) -> None:
         fail(str(error), 1)
     if dist.is_initialized():
         dist.destroy_process_group()
+        # Gloo's threads may still hold tensors, and abort the process if they let go of them while Python shuts down.
+        sys.stdout.flush()
+        os._exit(status)
     sys.exit(status)
 
 
