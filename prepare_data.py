@@ -425,6 +425,7 @@ def download(file: RawFile, path: Path, received: Callable[[int], None]) -> Path
             elif (failures := failures + 1) >= DOWNLOAD_ATTEMPTS:
                 raise OSError(f"{file.name} could not be fetched: {problem}; start again later and it will go on")
             if problem:
+                print(f"\r{file.name}: {problem}; trying again", file=sys.stderr)
                 _pause(max(1, failures), delay)
         digest = hashlib.sha256()
         with open(part, "rb") as content:
@@ -501,7 +502,7 @@ def render_task(source: str, line: bytes, tokenizer: tiktoken.Encoding) -> tuple
     return tokenizer.encode_ordinary_batch(texts, num_threads=1), label
 
 
-def prepare_tasks(source: str, out: Path, tokenizer_name: str, inputs: list[str]) -> dict:
+def prepare_tasks(source: str, out: Path, tokenizer_name: str, inputs: list[str], keep_raw: bool) -> dict:
     """Write the tasks of an evaluation set, from `inputs` if there are any, to `out`; returns its meta.json."""
     files = [local_file(path) for path in inputs] or [TASK_FILES[source]]
     settings = {"source": source, "tokenizer": tokenizer_name, "files": [[Path(f.name).name, f.size] for f in files]}
@@ -532,7 +533,8 @@ def prepare_tasks(source: str, out: Path, tokenizer_name: str, inputs: list[str]
     (out / "tasks.bin").write_bytes(header.tobytes() + np.concatenate(tasks).tobytes())
     meta = {"tokenizer": tokenizer_name, "vocab_size": tokenizer.n_vocab, "source": source, "tasks": len(tasks)}
     write_atomically(out / "meta.json", meta | {"settings": settings})
-    shutil.rmtree(out / "raw", ignore_errors=True)
+    if not keep_raw:
+        shutil.rmtree(out / "raw", ignore_errors=True)
     return meta
 
 
@@ -777,7 +779,7 @@ def count(text: str) -> int:
 def prepare_source(source: str, args: argparse.Namespace) -> None:
     if source in TASK_FILES:
         out = Path(args.out or f"data/{source}")
-        meta = prepare_tasks(source, out, args.tokenizer or "gpt2", args.input or [])
+        meta = prepare_tasks(source, out, args.tokenizer or "gpt2", args.input or [], args.keep_raw)
         print(f"{source}: {meta['tasks']:,} tasks, {out}/tasks.bin")
         return
     settings, out = choose_settings(source, args)

@@ -960,6 +960,12 @@ def test_tasks_whose_answers_are_known(tmp_path: Path, data: Path) -> None:
 
     settings = SETTINGS | {"data": str(tmp_path / "shards"), "out": str(tmp_path / "out"), "eval_only": True}
     assert train.train(replace(train.TrainConfig(), **settings, init_from=str(tmp_path / "repeats"))) == 0
+    file = tmp_path / "hellaswag" / "tasks.bin"
+    whole = file.read_bytes()
+    for broken in (whole[:-2], whole[:-1], whole + b"ab", whole[:1030], whole[:3], b"", whole[:-2] + b"\x99\x99"):
+        file.write_bytes(broken)
+        with pytest.raises(ValueError, match=r"tasks.bin (is damaged|does not hold tasks|holds token 39321, outside)"):
+            train.read_tasks(file, 257)
     (metrics,) = read_log(tmp_path / "out")
     assert (metrics["hellaswag_acc"], metrics["hellaswag_acc_norm"], metrics["lambada_acc"]) == (0.25, 0.5, 0.4)
 
@@ -1219,9 +1225,10 @@ def test_shards_of_other_programs_are_read_and_bad_ones_are_named(data: Path, tm
         shard("train_000002.bin", **{"tokens": [1, 2, 3], **bad})
         with pytest.raises(ValueError, match=f"train_000002.bin.*{message}"):
             train.open_split(tmp_path, "train", 10, 50257)
-    (tmp_path / "train_000002.bin").write_bytes(b"")
-    with pytest.raises(ValueError, match="not a token shard"):
-        train.open_split(tmp_path, "train", 10, 50257)
+    for content in (b"", b"abc"):
+        (tmp_path / "train_000002.bin").write_bytes(content)
+        with pytest.raises(ValueError, match=r"train_000002.bin is not a token shard"):
+            train.open_split(tmp_path, "train", 10, 50257)
 
 
 def test_train_says_what_is_wrong_in_one_line(

@@ -313,8 +313,8 @@ def open_split(directory: Path, name: str, sequence_length: int, vocab_size: int
 def read_header(path: Path) -> int:
     """The number of tokens in a shard in llm.c's format. Raises ValueError if it is not a whole one."""
     with open(path, "rb") as file:
-        header = np.frombuffer(file.read(1024), dtype="<i4")
-    if len(header) < 256 or header[0] != 20240520 or header[1] != 1:
+        header = np.frombuffer(file.read(1024).ljust(1024, b"\0"), dtype="<i4")
+    if header[0] != 20240520 or header[1] != 1:
         raise ValueError(f"{path} is not a token shard (its header is not that of llm.c's version 1)")
     tokens = int(header[2])
     if tokens < 1 or path.stat().st_size != 1024 + 2 * tokens:
@@ -387,8 +387,8 @@ def read_tasks(path: Path, vocab_size: int) -> Tasks:
     """The tasks in a file of llm.c's format. Raises ValueError if it is not a whole one, or a token is outside the
     vocabulary."""
     data = path.read_bytes()
-    header = np.frombuffer(data[:1024], dtype="<i4")
-    if len(header) < 256 or header[0] != 20240522 or header[1] != 1:
+    header = np.frombuffer(data[:1024].ljust(1024, b"\0"), dtype="<i4")
+    if header[0] != 20240522 or header[1] != 1:
         raise ValueError(f"{path} does not hold tasks (its header is not that of llm.c's version 1)")
     rows, scored, labels, at = [], [], [], 0
     try:
