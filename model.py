@@ -161,7 +161,7 @@ class LinearCrossEntropy(torch.autograd.Function):
     ) -> torch.Tensor:
         w, total = weight.to(dtype), torch.zeros((), device=x.device)
         x_grad, weight_grad = torch.empty_like(x), torch.zeros_like(weight)
-        pieces = chunks(x)
+        pieces = chunks(x, on_cpu=256)
         # Float32 products go straight to where they are needed: on a CPU, new memory costs as much as the softmax.
         direct = dtype == x.dtype == weight.dtype
         buffer = x.new_empty(pieces[0].stop, len(w)) if direct else None
@@ -193,9 +193,10 @@ class LinearCrossEntropy(torch.autograd.Function):
         return x_grad.mul_(grad / count), weight_grad.mul_(grad / count), None, None, None
 
 
-def chunks(x: torch.Tensor) -> list[slice]:
-    """The rows of x in pieces, large enough for fast products; at most 16 in compiled code, which writes a loop out."""
-    size = 8192 if x.device.type == "cuda" else 256
+def chunks(x: torch.Tensor, on_cpu: int = 128) -> list[slice]:
+    """The rows of x in pieces, large enough for fast products, and on a CPU so small that the logits of one lie in
+    memory that is used again, not fetched anew; at most 16 in compiled code, which writes a loop out."""
+    size = 8192 if x.device.type == "cuda" else on_cpu
     if torch.compiler.is_compiling():
         size = max(size, math.ceil(len(x) / 16))
     return [slice(start, min(start + size, len(x))) for start in range(0, len(x), size)]

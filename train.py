@@ -43,6 +43,7 @@ from model import (
     MODEL_SIZES,
     choose_device,
     choose_dtype,
+    chunks,
     configure_optimizer,
     flops_per_token,
     generate,
@@ -857,7 +858,6 @@ def divide_optimizer(optimizer: torch.optim.AdamW) -> torch.optim.Optimizer:
 
 # Evaluation
 
-TASK_BATCH_TOKENS = 8192  # padding included, on one device at a time
 # HellaSwag as rendered here; the loss of the released 124M on the first 100M tokens of these corpora.
 PUBLISHED_HELLASWAG = {"gpt2": 0.2945, "gpt2-medium": 0.3752, "gpt2-large": 0.4320, "gpt2-xl": 0.4889}
 PUBLISHED_LOSS = {("gpt2", "fineweb-edu"): 3.2924, ("gpt2", "fineweb"): 3.4250}
@@ -900,9 +900,9 @@ def score_tasks(run: Run, tasks: Tasks) -> tuple[np.ndarray, np.ndarray]:
     job, longest = run.job, run.model.config.block_size + 1
     rows = [row[-longest:].astype(np.int64) for row in tasks.rows]
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]), reverse=True)
-    batches = []
+    batches, most = [], 8192 if job.device.type == "cuda" else 2048  # tokens with padding
     while order:
-        size = max(1, TASK_BATCH_TOKENS // len(rows[order[0]]))
+        size = max(1, most // len(rows[order[0]]))
         batches.append(order[:size])
         order = order[size:]
     scores, results = torch.zeros(2, len(rows), dtype=torch.float64), []
@@ -915,10 +915,12 @@ def score_tasks(run: Run, tasks: Tasks) -> tuple[np.ndarray, np.ndarray]:
         places = torch.from_numpy(np.flatnonzero(targets >= 0))
         wanted = torch.from_numpy(targets.ravel())[places].to(job.device)
         with run.autocast:
-            x = run.model.hidden(torch.from_numpy(tokens).to(job.device))
-            logits = run.model.logits(x.flatten(0, 1)[places.to(job.device)]).float()
-        losses = torch.nn.functional.cross_entropy(logits, wanted, reduction="none")
-        results.append((torch.tensor(batch)[places // T], losses, logits.argmax(dim=-1) == wanted))
+            x = run.model.hidden(torch.from_numpy(tokens).to(job.device)).flatten(0, 1)[places.to(job.device)]
+            for part in chunks(x):
+                logits = run.model.logits(x[part]).float()
+                losses = torch.nn.functional.cross_entropy(logits, wanted[part], reduction="none")
+                likeliest = logits.argmax(dim=-1) == wanted[part]
+                results.append((torch.tensor(batch)[places[part] // T], losses, likeliest))
     for indices, *values in results:
         for score, value in zip(scores, values, strict=True):
             score.index_add_(0, indices, value.cpu().double())
