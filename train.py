@@ -515,7 +515,7 @@ def read_log(path: Path) -> list[dict]:
     return [entry for entry in entries if isinstance(entry, dict)]
 
 
-def open_log(path: Path, step: float) -> TextIO:
+def open_log(path: Path, step: int) -> TextIO:
     """metrics.jsonl, to append to; all lines about updates past `step` are removed first."""
     kept = [json.dumps(entry) + "\n" for entry in read_log(path) if entry.get("step", -1) <= step]
     part = path.with_name(path.name + ".tmp")
@@ -1037,8 +1037,10 @@ def train_or_evaluate(run: Run, config: TrainConfig) -> int:
     if main_process:
         say(run.description)
         out.mkdir(parents=True, exist_ok=True)
-        # From scratch, step 0 is evaluated again; an evaluation alone leaves what is there.
-        log = open_log(out / "metrics.jsonl", math.inf if config.eval_only else run.start or -1)
+        if config.eval_only:  # the run whose log it is may be going on
+            log = open(out / "metrics.jsonl", "a", encoding="utf-8", buffering=1)
+        else:
+            log = open_log(out / "metrics.jsonl", run.start or -1)  # from scratch, step 0 is evaluated again
         # What an interrupted run wrote past the start is not to be shown.
         board = import_summary_writer()(out, purge_step=run.start + 1) if config.tensorboard else None
     if config.eval_only:
