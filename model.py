@@ -1,32 +1,29 @@
 """
-GPT-2 as a PyTorch module, its weights in and out, and text generation with a KV cache.
+GPT-2 as a PyTorch module, its weights file, and text generation with a KV cache.
 
-    model = load_model("gpt2")                        # OpenAI's weights, fetched once from the Hugging Face hub
-    model = load_model("out/step_019073")             # our own
+    model = load_model("out/step_019073")
     for tokens in generate(model, prompt, 100): ...   # (B,) new tokens at a time
 
 After "Language Models are Unsupervised Multitask Learners" (Radford et al., 2019). Parameter names are those of
-OpenAI's release, so that weights map one to one. Reads and writes `model.safetensors` and `config.json` in the layout
-that the hub uses for GPT-2; a directory that `save_model` wrote can be opened with
-`transformers.GPT2LMHeadModel.from_pretrained`.
+OpenAI's release, so that weights map one to one. A model is a directory in the layout that the Hugging Face hub uses
+for GPT-2, `model.safetensors` and `config.json`; `transformers.GPT2LMHeadModel.from_pretrained` opens ours, and
+`load_model` opens theirs.
 """
 
-import hashlib
 import json
 import math
-import os
-import sys
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import requests
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 # The architecture
 
@@ -44,8 +41,9 @@ class GPTConfig:
 
     def __post_init__(self) -> None:
         for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+            value = getattr(self, name)
+            if type(value) is not int or not 1 <= value < 2**24:
+                raise ValueError(f"{name} must be a whole number from 1 to 2^24, not {value}")
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd ({self.n_embd}) must be a multiple of n_head ({self.n_head})")
         if not 0 <= self.dropout < 1:
@@ -61,21 +59,27 @@ MODEL_SIZES = {
 }
 
 LAYER_NORM_EPS = 1e-5
-KVCache = list[tuple[torch.Tensor, torch.Tensor]]  # keys and values of each layer, (B, n_head, block_size, head size)
+KV = tuple[Tensor, Tensor]  # keys and values, (B, n_head, positions, head size) each
+KVCache = list[KV]  # of each layer
 
 
-def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """
-    `F.linear`, (..., in) to (..., out). A few rows on a CPU, as generation has them, are multiplied as the columns of
-    W x^T, and one row as two of them: BLAS may read the weights of a product with a single vector in one thread only.
+    `F.linear`, (..., in) to (..., out), made fast for the few rows that generation has on a CPU: they are multiplied as
+    the columns of W x^T, a single row as two of them, because BLAS may run a matrix-vector product on one thread only.
     """
     rows = x.numel() // x.size(-1)
     if torch.is_grad_enabled() or rows > 8 or x.device.type != "cpu" or x.dtype != torch.float32:
         return F.linear(x, weight, bias)
-    x_rows = x.reshape(rows, -1)
-    columns = (x_rows if rows > 1 else torch.cat((x_rows, x_rows))).t()
+    columns = x.reshape(rows, -1).t()  # (in, rows)
+    columns = columns.expand(-1, 2) if rows == 1 else columns
     y = weight @ columns if bias is None else torch.addmm(bias[:, None], weight, columns)  # (out, columns)
     return y[:, :rows].t().contiguous().view(*x.shape[:-1], -1)
+
+
+class Linear(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
 
 
 class CausalSelfAttention(nn.Module):
@@ -83,45 +87,31 @@ class CausalSelfAttention(nn.Module):
         super().__init__()
         self.n_head = config.n_head
         self.dropout = config.dropout
-        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)  # query, key and value of all heads in one product
-        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
+        self.c_attn = Linear(config.n_embd, 3 * config.n_embd)  # query, key and value of all heads in one product
+        self.c_proj = Linear(config.n_embd, config.n_embd)
         self.resid_dropout = nn.Dropout(config.dropout)
 
     def forward(
-        self,
-        x: torch.Tensor,
-        cache: tuple[torch.Tensor, torch.Tensor] | None,
-        start: int | torch.Tensor,
-        mask: torch.Tensor | None,
-    ) -> torch.Tensor:
+        self, x: Tensor, cache: KV | None = None, positions: Tensor | None = None, mask: Tensor | None = None
+    ) -> Tensor:
         B, T, C = x.shape
-        qkv = linear(x, self.c_attn.weight, self.c_attn.bias).view(B, T, 3, self.n_head, C // self.n_head)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, nh, T, hs) each
-        if cache is not None:
-            cached_k, cached_v = cache
-            if mask is None:
-                cached_k[:, :, start : start + T] = k
-                cached_v[:, :, start : start + T] = v
-                k, v = cached_k[:, :, : start + T], cached_v[:, :, : start + T]
-            else:
-                k, v = cached_k.index_copy_(2, start, k), cached_v.index_copy_(2, start, v)
-        # A single token at the end of the cache sees all of it; any other call starts at 0, where "causal" is a square.
+        q, k, v = (part.view(B, T, self.n_head, -1).transpose(1, 2) for part in self.c_attn(x).split(C, dim=2))
+        if cache is not None:  # write the new keys and values to their positions, and attend to all of the cache
+            k, v = cache[0].index_copy_(2, positions, k), cache[1].index_copy_(2, positions, v)
         dropout = self.dropout if self.training else 0.0
         y = F.scaled_dot_product_attention(q, k, v, mask, dropout_p=dropout, is_causal=T > 1)  # (B, nh, T, hs)
-        y = y.transpose(1, 2).reshape(B, T, C)
-        return self.resid_dropout(linear(y, self.c_proj.weight, self.c_proj.bias))
+        return self.resid_dropout(self.c_proj(y.transpose(1, 2).reshape(B, T, C)))
 
 
 class MLP(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
-        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
-        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
+        self.c_fc = Linear(config.n_embd, 4 * config.n_embd)
+        self.c_proj = Linear(4 * config.n_embd, config.n_embd)
         self.resid_dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = F.gelu(linear(x, self.c_fc.weight, self.c_fc.bias), approximate="tanh")
-        return self.resid_dropout(linear(x, self.c_proj.weight, self.c_proj.bias))
+    def forward(self, x: Tensor) -> Tensor:
+        return self.resid_dropout(self.c_proj(F.gelu(self.c_fc(x), approximate="tanh")))
 
 
 class Block(nn.Module):
@@ -132,74 +122,61 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd, eps=LAYER_NORM_EPS)
         self.mlp = MLP(config)
 
-    def forward(
-        self,
-        x: torch.Tensor,
-        cache: tuple[torch.Tensor, torch.Tensor] | None,
-        start: int | torch.Tensor,
-        mask: torch.Tensor | None,
-    ) -> torch.Tensor:
-        x = x + self.attn(self.ln_1(x), cache, start, mask)
+    def forward(self, x: Tensor, *cached: Any) -> Tensor:  # noqa: ANN401 (see CausalSelfAttention)
+        x = x + self.attn(self.ln_1(x), *cached)
         return x + self.mlp(self.ln_2(x))
 
 
 class LinearCrossEntropy(torch.autograd.Function):
     """
-    The mean cross-entropy of the logits x W^T over the targets that are not -1, a float32 scalar. Logits are made for a
-    chunk of rows at a time, and their gradient is used as soon as it is known, so that never more than a chunk of them
-    is kept: for a micro-batch they would be the largest thing in memory.
+    The mean cross-entropy of the logits x W^T over the targets that are not -1, a float32 scalar. The logits, which for
+    a micro-batch would be the largest thing in memory, exist for a few rows at a time: their gradient is taken in the
+    forward pass and used at once.
     """
 
     @staticmethod
     def forward(
         ctx: Any,  # noqa: ANN401
-        x: torch.Tensor,  # (N, C)
-        weight: torch.Tensor,  # (V, C), of which the first vocab_size rows count
-        targets: torch.Tensor,  # (N,) int64
+        x: Tensor,  # (N, C)
+        weight: Tensor,  # (V, C), of which the first vocab_size rows count
+        targets: Tensor,  # (N,) int64
         vocab_size: int,
         dtype: torch.dtype,  # of the matrix products
-    ) -> torch.Tensor:
-        w, total = weight.to(dtype), torch.zeros((), device=x.device)
+    ) -> Tensor:
+        w, total, count = weight.to(dtype), torch.zeros((), device=x.device), (targets >= 0).sum()
         x_grad, weight_grad = torch.empty_like(x), torch.zeros_like(weight)
-        pieces = chunks(x, on_cpu=256)
-        # Float32 products go straight to where they are needed: on a CPU, new memory costs as much as the softmax.
-        direct = dtype == x.dtype == weight.dtype
-        buffer = x.new_empty(pieces[0].stop, len(w)) if direct else None
-        for rows in pieces:
-            x_rows = x[rows].to(dtype)
-            logits = torch.mm(x_rows, w.t(), out=buffer[: len(x_rows)]) if direct else (x_rows @ w.t()).float()
+        size = rows_at_a_time(x)
+        for start in range(0, len(x), size):
+            rows = slice(start, start + size)
+            target, scored = targets[rows, None].clamp(min=0), targets[rows, None] >= 0
+            x_rows = x[rows].to(dtype) * scored
+            logits = (x_rows @ w.t()).float()
             logits[:, vocab_size:] = -math.inf
-            scored = (targets[rows] >= 0)[:, None]
-            index = targets[rows].clamp(min=0)[:, None]
-            picked, top = logits.gather(1, index), logits.amax(dim=-1, keepdim=True)
-            probs = torch.softmax(logits, dim=-1, out=logits) if direct else logits.softmax(dim=-1)
-            log_sum = top - probs.amax(dim=-1, keepdim=True).log()  # of the exponentials of the logits
+            picked, top = logits.gather(1, target), logits.amax(dim=1, keepdim=True)
+            probs = torch.softmax(logits, dim=1, out=logits)
+            log_sum = top - probs.amax(dim=1, keepdim=True).log()  # of the exponentials of the logits
             total += ((log_sum - picked) * scored).sum()
-            grad = probs.scatter_add_(1, index, torch.full_like(picked, -1)).mul_(scored)
-            if direct:
-                torch.mm(grad, w, out=x_grad[rows])
-                torch.addmm(weight_grad, grad.t(), x_rows, out=weight_grad)
+            # The gradient is the softmax minus one at the target. Compiled, no float32 copy of the logits is kept.
+            grad = probs.to(dtype).scatter_(1, target, ((picked - log_sum).exp() - 1).to(dtype))
+            x_grad[rows] = (grad @ w) * scored
+            if dtype == weight.dtype:
+                torch.addmm(weight_grad, grad.t(), x_rows, out=weight_grad)  # on a CPU, new memory costs time
             else:
-                grad = grad.to(dtype)
-                x_grad[rows] = grad @ w
                 weight_grad += grad.t() @ x_rows
-        count = (targets >= 0).sum()
         ctx.save_for_backward(x_grad, weight_grad, count)
         return total / count
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple:  # noqa: ANN401
+    def backward(ctx: Any, grad: Tensor) -> tuple:  # noqa: ANN401
         x_grad, weight_grad, count = ctx.saved_tensors
         return x_grad.mul_(grad / count), weight_grad.mul_(grad / count), None, None, None
 
 
-def chunks(x: torch.Tensor, on_cpu: int = 128) -> list[slice]:
-    """The rows of x in pieces, large enough for fast products, and on a CPU so small that the logits of one lie in
-    memory that is used again, not fetched anew; at most 16 in compiled code, which writes a loop out."""
-    size = 8192 if x.device.type == "cuda" else on_cpu
-    if torch.compiler.is_compiling():
-        size = max(size, math.ceil(len(x) / 16))
-    return [slice(start, min(start + size, len(x))) for start in range(0, len(x), size)]
+def rows_at_a_time(x: Tensor) -> int:
+    """How many rows of logits to make at once: many for a GPU's speed, few for a CPU, so that their memory is used
+    again; compiled code writes the loop out, and gets at most 16 parts."""
+    size = 8192 if x.device.type == "cuda" else 256
+    return max(size, math.ceil(len(x) / 16)) if torch.compiler.is_compiling() else size
 
 
 class GPT(nn.Module):
@@ -240,57 +217,55 @@ class GPT(nn.Module):
             for projection in (module.attn.c_proj, module.mlp.c_proj):
                 nn.init.normal_(projection.weight, std=0.02 / math.sqrt(2 * self.config.n_layer))
 
-    def hidden(self, tokens: torch.Tensor, cache: KVCache | None = None, start: int | torch.Tensor = 0) -> torch.Tensor:
+    def hidden(
+        self, tokens: Tensor, cache: KVCache | None = None, positions: Tensor | None = None, mask: Tensor | None = None
+    ) -> Tensor:
         """
-        The trunk: (B, T) tokens at positions start, ..., start + T - 1 to (B, T, C), normalized for the output matrix.
+        The trunk: (B, T) tokens to (B, T, C), normalized for the output matrix. Raises ValueError when T is past
+        block_size.
 
-        With a `cache`, keys and values are written there at the same positions, and those before `start` are read
-        from it; then either `start` is 0 or T is 1. As a tensor, (1,) int64, `start` can change while the kernels and
-        their sizes remain, which are then those of the whole cache. Raises ValueError when an int runs past the block
-        size.
+        With a `cache`, the tokens are at `positions`, (T,) int64; their keys and values are written there, and they
+        attend to all of the cache, T = 1 token through `mask`, which is added to its scores, (1, length of the cache);
+        more than one must begin at 0 and end where the cache does.
         """
         T, block_size = tokens.size(1), self.config.block_size
-        if isinstance(start, torch.Tensor):
-            positions = self.transformer.wpe(start)
-            mask = (torch.arange(block_size, device=tokens.device) <= start)[None]  # (1, block_size)
-        else:
-            if start + T > block_size:
-                raise ValueError(f"{start + T} tokens are more than the model's context of {block_size}")
-            positions, mask = self.transformer.wpe.weight[start : start + T], None
-        x = self.transformer.drop(self.transformer.wte(tokens) + positions)  # (B, T, C)
+        if block_size < T:
+            raise ValueError(f"{T} tokens are more than the model's context of {block_size}")
+        embedded = self.transformer.wpe.weight[:T] if positions is None else self.transformer.wpe(positions)
+        x = self.transformer.drop(self.transformer.wte(tokens) + embedded)  # (B, T, C)
         for i, block in enumerate(self.transformer.h):
-            x = block(x, None if cache is None else cache[i], start, mask)
+            x = block(x) if cache is None else block(x, cache[i], positions, mask)
         return self.transformer.ln_f(x)
 
-    def logits(self, x: torch.Tensor) -> torch.Tensor:
+    def logits(self, x: Tensor) -> Tensor:
         """(..., C) from `hidden` to (..., vocab_size)."""
         return linear(x, self.transformer.wte.weight)[..., : self.config.vocab_size]
 
-    def forward(
-        self, tokens: torch.Tensor, targets: torch.Tensor | None = None, reduction: str = "mean"
-    ) -> torch.Tensor:
+    def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
         """
         tokens (B, T), integer -> logits (B, T, vocab_size); with targets (B, T), int64 -> the mean cross-entropy, a
-        float32 scalar in nats, over the positions whose target is not -1. With reduction "none", the cross-entropy of
-        each position, (B, T) float32, 0 where the target is -1. Raises ValueError when T is past block_size.
+        float32 scalar in nats, over the positions whose target is not -1. Raises ValueError when T is past block_size.
         """
         x = self.hidden(tokens)
         if targets is None:
             return self.logits(x)
-        x, flat_targets = x.flatten(0, 1), targets.flatten()
-        if reduction == "mean":
-            kind = x.device.type
-            dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-            weight = self.transformer.wte.weight
-            loss = LinearCrossEntropy.apply
-            if torch.compiler.is_compiling() and kind != "cuda":  # on a CPU, compiled code is slower here
-                loss = torch.compiler.disable(loss)
-            return loss(x, weight, flat_targets, self.config.vocab_size, dtype)
-        losses = [
-            F.cross_entropy(self.logits(x[rows]).float(), flat_targets[rows], ignore_index=-1, reduction="none")
-            for rows in chunks(x)
-        ]
-        return torch.cat(losses).view_as(targets)
+        kind, weight = x.device.type, self.transformer.wte.weight
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        return LinearCrossEntropy.apply(x.flatten(0, 1), weight, targets.flatten(), self.config.vocab_size, dtype)
+
+    def score(self, tokens: Tensor, places: Tensor, targets: Tensor) -> Tensor:
+        """
+        How well single tokens are predicted. For (B, T) tokens, N places among them, as flat indices (N,), and the
+        tokens that come next there, (N,) int64: their cross-entropy in nats, and whether each is the most likely one,
+        (2, N) float32. Logits are made for these places alone.
+        """
+        x, results = self.hidden(tokens).flatten(0, 1)[places], []
+        size = rows_at_a_time(x)
+        for rows, target in zip(x.split(size), targets.split(size), strict=True):
+            logits = self.logits(rows).float()
+            losses = F.cross_entropy(logits, target, reduction="none")
+            results.append(torch.stack((losses, (logits.argmax(dim=1) == target).float())))
+        return torch.cat(results, dim=1)
 
 
 def parameter_count(model: GPT) -> int:
@@ -348,15 +323,51 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.float32 if name == "auto" else getattr(torch, name)
 
 
-# Weights in and out
+# TFLOP/s in bfloat16 and float16 (dense, accumulated in float32), and in float32. More special names come first.
+PEAK_TFLOPS = {
+    "B200": (2250, 75), "H200 NVL": (835, 60), "H200": (989, 67), "H100 PCIe": (756, 51), "H100 NVL": (835, 60),
+    "H100": (989, 67), "A100": (312, 19.5), "A10": (125, 31.2), "L40S": (362, 91.6), "L4": (121, 30.3),
+    "V100": (125, 15.7), "T4": (65, 8.1), "RTX 5090": (209.5, 104.8), "RTX 4090": (165.2, 82.6), "RTX 3090": (71, 35.6),
+}  # fmt: skip
+WITHOUT_BFLOAT16 = ("V100", "T4")
+
+
+def peak_flops(name: str, dtype: torch.dtype) -> float | None:
+    """The rate of a card, by its name, in FLOP/s by its maker's data sheet; None where it is not known."""
+    cards = (card for card in PEAK_TFLOPS if re.search(rf"\b{card}\b(?! (Ti|D|Laptop|SUPER)\b)(?!.* MIG\b)", name))
+    card = next(cards, None)
+    if card is None or (card in WITHOUT_BFLOAT16 and dtype == torch.bfloat16):
+        return None
+    return PEAK_TFLOPS[card][dtype == torch.float32] * 1e12
+
+
+# The weights file
 
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")  # (in, out) in files
+# What a config.json may say besides the sizes. Another value would mean another computation than GPT-2's.
+GPT2_SETTINGS = {
+    "model_type": "gpt2",
+    "activation_function": "gelu_new",
+    "layer_norm_epsilon": LAYER_NORM_EPS,
+    "scale_attn_weights": True,
+    "scale_attn_by_inverse_layer_idx": False,
+    "add_cross_attention": False,
+    "n_inner": None,
+    "tie_word_embeddings": True,
+}
+CONFIG_NAMES = {  # of GPTConfig's fields in config.json
+    "block_size": "n_positions",
+    "vocab_size": "vocab_size",
+    "n_layer": "n_layer",
+    "n_head": "n_head",
+    "n_embd": "n_embd",
+}
 
 
 def save_model(model: GPT, directory: str | Path, tokenizer: str = "gpt2") -> None:
     """
     Write `model.safetensors` (float32, linear weights as (in, out) like OpenAI's release, no padding rows) and
-    `config.json` to `directory`, which is made if need be. `tokenizer` is the name to be found by `model_tokenizer`.
+    `config.json` to `directory`, which is made if need be. `tokenizer` is the name that `read_config` gives back.
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
@@ -369,177 +380,96 @@ def save_model(model: GPT, directory: str | Path, tokenizer: str = "gpt2") -> No
         tensors[name] = tensor.to("cpu", torch.float32).contiguous()
     # transformers reads the metadata's "format" and refuses a file without it.
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    sizes = {theirs: getattr(config, name) for name, theirs in CONFIG_NAMES.items()}
+    dropout = dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), config.dropout)
+    ends = dict.fromkeys(("bos_token_id", "eos_token_id"), config.vocab_size - 1)  # <|endoftext|> is the last token
     described = {
         "architectures": ["GPT2LMHeadModel"],
-        "model_type": "gpt2",
-        "activation_function": "gelu_new",
-        "vocab_size": config.vocab_size,
-        "n_positions": config.block_size,
-        "n_ctx": config.block_size,
-        "n_embd": config.n_embd,
-        "n_layer": config.n_layer,
-        "n_head": config.n_head,
-        "layer_norm_epsilon": LAYER_NORM_EPS,
-        "initializer_range": 0.02,
-        "embd_pdrop": config.dropout,
-        "attn_pdrop": config.dropout,
-        "resid_pdrop": config.dropout,
-        "bos_token_id": config.vocab_size - 1,  # <|endoftext|> is the last token of both tokenizers
-        "eos_token_id": config.vocab_size - 1,
-        "tie_word_embeddings": True,
+        **GPT2_SETTINGS,
+        **sizes,
+        **dropout,
+        **ends,
         "tokenizer": tokenizer,
     }
     (directory / "config.json").write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
 
 
-def load_model(name_or_dir: str | Path, dropout: float = 0.0) -> GPT:
-    """
-    The model in a directory of the hub's layout, or one of OpenAI's four by name ("gpt2", ..., fetched once), in
-    float32 on the CPU and in eval mode. Raises FileNotFoundError when there is no such model, ValueError when what is
-    there is not a whole GPT-2, and OSError when a download fails.
-    """
-    directory = model_directory(name_or_dir)
-    described = _read_config(directory)
-    keys = {"block_size": "n_positions", "vocab_size": "vocab_size", "n_layer": "n_layer", "n_head": "n_head"}
+def read_config(directory: str | Path) -> tuple[GPTConfig, str]:
+    """The shape of the model in a directory, and the name of its tokenizer ("gpt2" where the file does not say). Raises
+    ValueError when config.json is damaged or asks for another computation than GPT-2's."""
+    path = Path(directory) / "config.json"
     try:
-        config = GPTConfig(n_embd=described["n_embd"], **{ours: described[key] for ours, key in keys.items()})
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{directory}/config.json does not describe a GPT-2: {error} is missing or wrong") from error
-    for key, wanted in {"activation_function": "gelu_new", "layer_norm_epsilon": LAYER_NORM_EPS}.items():
-        if described.get(key, wanted) != wanted:
-            raise ValueError(f"{directory}/config.json has {key} {described[key]}, where GPT-2 has {wanted}")
+        described = json.loads(path.read_text(encoding="utf-8"))
+        settings = {"model_type": None} | described
+        config = GPTConfig(**{name: described[theirs] for name, theirs in CONFIG_NAMES.items()})
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(f"{path} does not describe a GPT-2: {error!r}") from error
+    if settings.get("n_inner") == 4 * config.n_embd:
+        settings["n_inner"] = None
+    for name, wanted in GPT2_SETTINGS.items():
+        if settings.get(name, wanted) != wanted:
+            raise ValueError(f"{path} has {name} {settings[name]}, where GPT-2 has {wanted}")
+    return config, str(settings.get("tokenizer", "gpt2"))
+
+
+def load_model(directory: str | Path, dropout: float = 0.0) -> GPT:
+    """The model in a directory of the hub's layout, in float32 on the CPU and in eval mode. Raises FileNotFoundError
+    when there is none, ValueError when what is there is not a whole GPT-2."""
+    config, _ = read_config(directory)
+    path = Path(directory) / "model.safetensors"
     try:
-        stored = load_file(directory / "model.safetensors")
+        stored = {name.removeprefix("transformer."): tensor for name, tensor in load_file(path).items()}
     except SafetensorError as error:
-        raise ValueError(f"{directory}/model.safetensors is damaged or not a safetensors file: {error}") from error
+        raise ValueError(f"{path} is damaged or not a safetensors file: {error}") from error
+    if f"h.{config.n_layer - 1}.ln_1.weight" not in stored:
+        raise ValueError(f"{path} has no transformer.h.{config.n_layer - 1}")
 
     with torch.device("meta"):  # no time spent on an initialization that the file replaces
         model = GPT(replace(config, dropout=dropout))
     state = {}
     for name, parameter in model.state_dict().items():
-        tensor = stored.get(name, stored.get(name.removeprefix("transformer.")))  # the hub's gpt2 has no prefix
+        tensor = stored.get(name.removeprefix("transformer."))  # the hub's gpt2 has no prefix
         if tensor is None:
-            raise ValueError(f"{directory}/model.safetensors has no {name}")
+            raise ValueError(f"{path} has no {name}")
         tensor = tensor.t() if name.endswith(TRANSPOSED) else tensor
         if name == "transformer.wte.weight" and tensor.shape == (config.vocab_size, config.n_embd):
             tensor = F.pad(tensor, (0, 0, 0, parameter.size(0) - config.vocab_size))
         if tensor.shape != parameter.shape:
-            raise ValueError(f"{directory}/model.safetensors: {name} is {tuple(tensor.shape)}, not as in config.json")
+            raise ValueError(f"{path}: {name} is {tuple(tensor.shape)}, not as in config.json")
         state[name] = tensor.to(torch.float32).contiguous()
     model.load_state_dict(state, assign=True)
     return model.requires_grad_(True).eval()
 
 
-def model_tokenizer(name_or_dir: str | Path) -> str:
-    """The name of the tokenizer that a model was trained with ("gpt2" where its config.json does not say)."""
-    return _read_config(model_directory(name_or_dir)).get("tokenizer", "gpt2")
-
-
-def model_directory(name_or_dir: str | Path) -> Path:
-    """The directory of a model given by path or by name; OpenAI's models are fetched at their first use."""
-    directory = Path(name_or_dir)
-    if (directory / "config.json").is_file() and (directory / "model.safetensors").is_file():
-        return directory
-    if str(name_or_dir) in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"):
-        return _fetch_from_hub(str(name_or_dir))
-    missing = "it has no model.safetensors and config.json" if directory.is_dir() else "there is no such directory"
-    raise FileNotFoundError(f"{name_or_dir} is not a model: {missing}, nor is it one of gpt2, gpt2-medium, -large, -xl")
-
-
-def _read_config(directory: Path) -> dict:
-    try:
-        described = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{directory}/config.json is damaged: {error}") from error
-    if not isinstance(described, dict) or described.get("model_type") != "gpt2":
-        raise ValueError(f"{directory}/config.json does not describe a GPT-2 (model_type is not gpt2)")
-    return described
-
-
-def _fetch_from_hub(name: str) -> Path:
-    """The directory of a model of OpenAI's in the cache, where it is fetched to if need be. Raises OSError."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gpt2" / name
-    missing = [file for file in ("config.json", "model.safetensors") if not (cache / file).is_file()]
-    if not missing:
-        return cache
-    cache.mkdir(parents=True, exist_ok=True)
-    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
-    token = os.environ.get("HF_TOKEN")
-    headers = {"Authorization": f"Bearer {token}"} if token else {}  # requests drops it when another host takes over
-    try:
-        listing = requests.get(f"{endpoint}/api/models/openai-community/{name}/tree/main", headers=headers, timeout=60)
-        listing.raise_for_status()
-        entries = {entry["path"]: entry for entry in listing.json()}
-        for file in missing:
-            url = f"{endpoint}/openai-community/{name}/resolve/main/{file}"
-            entry = entries[file]
-            _fetch_file(url, cache / file, entry["size"], entry.get("lfs", {}).get("oid"), headers)
-    except (requests.RequestException, KeyError) as error:
-        raise OSError(
-            f"{name} could not be fetched from {endpoint}: {error!r}; start again and it will go on"
-        ) from error
-    return cache
-
-
-def _fetch_file(url: str, path: Path, size: int, sha256: str | None, headers: dict[str, str]) -> None:
-    """Fetch a file, going on from what an interrupted try left; it gets its name when size and sha256 are right."""
-    part = path.with_name(path.name + ".part")
-    have = part.stat().st_size if part.exists() else 0
-    if have < size:
-        wanted = {**headers, "Range": f"bytes={have}-"} if have else headers
-        print(f"fetching {url} ({size / 1e6:.0f} MB)", file=sys.stderr)
-        with requests.get(url, headers=wanted, stream=True, timeout=60) as response:
-            response.raise_for_status()
-            have = have if response.status_code == 206 else 0
-            with open(part, "r+b" if have else "wb") as out:
-                out.seek(have)
-                for chunk in response.iter_content(1 << 15):
-                    have += out.write(chunk)
-                    if sys.stderr.isatty():
-                        print(f"\r{path.name}: {have / 1e6:.0f} of {size / 1e6:.0f} MB", end="", file=sys.stderr)
-        if sys.stderr.isatty():
-            print(file=sys.stderr)
-    digest = hashlib.sha256()
-    with open(part, "rb") as downloaded:
-        while chunk := downloaded.read(1 << 20):
-            digest.update(chunk)
-    if have != size or sha256 not in (None, digest.hexdigest()):
-        part.unlink()
-        raise OSError(f"the size or sha256 of {url} is not what the hub announces; start again to fetch it anew")
-    part.replace(path)
-
-
 # Generation
 
 
-def probabilities(
-    logits: torch.Tensor, temperature: float, top_k: int | None, top_p: float | None
-) -> tuple[torch.Tensor, torch.Tensor]:
+def probabilities(logits: Tensor, temperature: float, top_k: int | None, top_p: float | None) -> tuple[Tensor, Tensor]:
     """
     (B, V) logits to the distribution that the next token is drawn from: (B, K) float32 probabilities and their (B, K)
     int64 tokens. The logits are divided by `temperature`, cut to the `top_k` most likely tokens, then to the smallest
-    set whose probability reaches `top_p`, and normalized again. None leaves a cut out; what is cut has no place in the
-    result, or probability 0.
+    set whose probability reaches `top_p`, and normalized again. None leaves a cut out.
     """
     logits, vocab_size = logits.float() / temperature, logits.size(-1)
-    if top_k is None and top_p in (None, 1):
-        return logits.softmax(dim=-1), torch.arange(vocab_size, device=logits.device).expand_as(logits)
     logits, tokens = logits.topk(min(top_k or vocab_size, vocab_size))  # the most likely first
     probs = logits.softmax(dim=-1)
     if top_p is not None:
-        before = probs.cumsum(dim=-1) - probs  # what the more likely tokens already hold
-        probs = probs.masked_fill(before >= top_p, 0.0)
+        # What a token and all less likely ones hold, added from the small end: float32 loses the least that way.
+        tail = probs.flip(-1).cumsum(dim=-1).flip(-1)
+        cut = tail <= 1 - top_p
+        cut[:, 0] = False  # whatever its probability
+        probs = probs.masked_fill(cut, 0.0)
         probs = probs / probs.sum(dim=-1, keepdim=True)
     return probs, tokens
 
 
 def sample_token(
-    logits: torch.Tensor,
+    logits: Tensor,
     temperature: float = 1.0,
     top_k: int | None = None,
     top_p: float | None = None,
     generator: torch.Generator | None = None,
-) -> torch.Tensor:
+) -> Tensor:
     """(B, V) logits to (B,) int64 tokens; temperature 0 takes the most likely one."""
     if temperature == 0:
         return logits.argmax(dim=-1)
@@ -549,102 +479,78 @@ def sample_token(
     return tokens.gather(-1, drawn).squeeze(-1)
 
 
-def next_logits(model: GPT, token: torch.Tensor, cache: KVCache, position: int | torch.Tensor) -> torch.Tensor:
-    """The logits (B, V) after `token` (B,) at `position`, with what is before it in the cache."""
-    return model.logits(model.hidden(token[:, None], cache, position)[:, -1])
+def new_cache(model: GPT, B: int) -> KVCache:
+    """Room for the keys and values of a whole context, zeros."""
+    config, weight = model.config, model.transformer.wte.weight
+    shape = (B, config.n_head, config.block_size, config.n_embd // config.n_head)
+    return [(weight.new_zeros(shape), weight.new_zeros(shape)) for _ in range(config.n_layer)]
 
 
-def fixed_decoder(model: GPT, B: int, cache: KVCache, compiled: bool) -> Callable[[torch.Tensor, int], torch.Tensor]:
-    """
-    `next_logits` as a function of a token and its position that runs the same kernels on the same memory each time: on
-    CUDA they are captured as one graph, which costs the host one launch. What is in the cache is lost.
-    """
-    device = cache[0][0].device
-    token, position = (torch.zeros(size, dtype=torch.int64, device=device) for size in (B, 1))
-    step = torch.compile(next_logits) if compiled else next_logits
-    graph = torch.cuda.CUDAGraph() if device.type == "cuda" else None
-    if graph:
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):  # what only the first calls do, as compiling, is no part of the graph
-            for _ in range(3):
-                step(model, token, cache, position)
-        torch.cuda.current_stream().wait_stream(stream)
-        with torch.cuda.graph(graph):
-            captured = step(model, token, cache, position)
+def read_tokens(model: GPT, tokens: Tensor, start: int, cache: KVCache) -> Tensor:
+    """The logits (B, V) after a context, (B, T) tokens of which those before `start` are in the cache already: all but
+    one, or none of them."""
+    T = tokens.size(1)
+    seen = [(k[:, :, :T], v[:, :, :T]) for k, v in cache]
+    positions = torch.arange(start, T, device=tokens.device)
+    return model.logits(model.hidden(tokens[:, start:], seen, positions)[:, -1])
 
-    def decode(new_token: torch.Tensor, new_position: int) -> torch.Tensor:
-        token.copy_(new_token)
-        position.fill_(new_position)
-        if graph is None:
-            return step(model, token, cache, position)
-        graph.replay()
-        return captured
 
-    return decode
+def decode_token(model: GPT, token: Tensor, position: Tensor, cache: KVCache) -> Tensor:
+    """The logits (B, V) after one more `token` (B,) at `position`, (1,) int64: the same sizes at every position, which
+    can be compiled once."""
+    length, dtype = cache[0][0].size(2), cache[0][0].dtype
+    future = torch.arange(length, device=token.device) > position
+    mask = torch.zeros(1, length, device=token.device, dtype=dtype).masked_fill(future, -math.inf)
+    return model.logits(model.hidden(token[:, None], cache, position, mask)[:, -1])
 
 
 @torch.inference_mode()
 def generate(
     model: GPT,
-    tokens: torch.Tensor,
+    tokens: Tensor,
     max_new_tokens: int,
     temperature: float = 1.0,
     top_k: int | None = None,
     top_p: float | None = None,
     generator: torch.Generator | None = None,
     stop_token: int | None = None,
-    fixed: bool = False,
     compiled: bool = False,
-) -> Iterator[torch.Tensor]:
+) -> Iterator[Tensor]:
     """
     Continue a batch of prompts of one length: from (B, T) tokens, yield `max_new_tokens` times the next (B,) int64.
 
     The keys and values of all that was read are kept in a preallocated cache, so that a token costs one pass over the
     weights. When the context is full, the last half of it becomes the new context. A row that has drawn `stop_token`
-    goes on with `stop_token`; when all rows have, the generation ends (on CUDA, where asking means waiting, within 16
-    tokens). `generator` (on the model's device) makes the draws reproducible. With `fixed`, a token's pass is the same
-    for every position, over the whole cache, and on CUDA captured as a graph; `compiled` compiles that pass. Raises
-    ValueError for an empty prompt, one longer than the context, or a setting out of range.
+    continues with `stop_token`; when all rows have, the generation ends (on CUDA, where asking means waiting, within 16
+    tokens). `generator` (on the model's device) makes the draws reproducible. `compiled` compiles the pass that decodes
+    a token. Raises ValueError for an empty prompt, one longer than the context, or a setting out of range.
     """
-    config, device = model.config, tokens.device
-    B, T = tokens.shape
-    if not 1 <= T <= config.block_size:
-        raise ValueError(f"a prompt must have 1 to {config.block_size} tokens (the model's context), not {T}")
-    if temperature < 0 or (top_k is not None and top_k < 1) or (top_p is not None and not 0 < top_p <= 1):
+    block_size, T = model.config.block_size, tokens.size(1)
+    if not 1 <= T <= block_size:
+        raise ValueError(f"a prompt must have 1 to {block_size} tokens (the model's context), not {T}")
+    in_range = 0 <= temperature < math.inf and (top_k is None or top_k >= 1) and (top_p is None or 0 < top_p <= 1)
+    if not in_range:
         raise ValueError("temperature must be at least 0, top_k at least 1, and top_p above 0 and at most 1")
-    weight = model.transformer.wte.weight
-    shape = (B, config.n_head, config.block_size, config.n_embd // config.n_head)
-    # Where the whole cache is read and masked, what is not yet written there must be finite.
-    allocate = weight.new_zeros if fixed or compiled else weight.new_empty
-    cache = [(allocate(shape), allocate(shape)) for _ in range(config.n_layer)]
-    context = tokens.new_empty(B, config.block_size)  # the tokens behind the cache's entries
-    context[:, :T] = tokens
-    start, end = 0, T  # context[:, start:end] is still to be read into the cache
-    finished = torch.zeros(B, dtype=torch.bool, device=device)
-    ask_every = 16 if device.type == "cuda" else 1
-    was_training = model.training
+    on_cuda, was_training = tokens.device.type == "cuda", model.training
+    decode = torch.compile(decode_token, mode="reduce-overhead" if on_cuda else None) if compiled else None
+    finished = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
+    cache, start = new_cache(model, len(tokens)), 0
     model.eval()
     try:
-        decode = fixed_decoder(model, B, cache, compiled) if fixed or compiled else None
         for i in range(1, max_new_tokens + 1):
             if decode and start > 0:
-                logits = decode(context[:, start], start)
+                logits = decode(model, tokens[:, start], torch.tensor([start], device=tokens.device), cache)
             else:
-                logits = model.logits(model.hidden(context[:, start:end], cache, start)[:, -1])
+                logits = read_tokens(model, tokens, start, cache)
             token = sample_token(logits, temperature, top_k, top_p, generator)
             if stop_token is not None:
                 token = token.masked_fill(finished, stop_token)
                 finished |= token == stop_token
             yield token
-            if stop_token is not None and i % ask_every == 0 and finished.all():
+            if stop_token is not None and i % (16 if on_cuda else 1) == 0 and finished.all():
                 return
-            start = end
-            if end == config.block_size:
-                kept = config.block_size // 2
-                context[:, :kept] = context[:, config.block_size - kept :].clone()
-                start, end = 0, kept
-            context[:, end] = token
-            end += 1
+            start, tokens = tokens.size(1), torch.cat((tokens, token[:, None]), dim=1)
+            if start == block_size:
+                start, tokens = 0, tokens[:, -(block_size // 2 + 1) :]
     finally:
         model.train(was_training)

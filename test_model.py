@@ -1,5 +1,5 @@
 """
-What this project promises, one test each; the six laws come first in their section and carry the law's name.
+What this project promises, one test each; the eight laws carry their numbers in their names.
 
     python -m pytest
 
@@ -26,6 +26,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -38,6 +39,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.numpy import load_file as load_numpy
 from safetensors.numpy import save_file as save_numpy
+from tiktoken_ext.openai_public import r50k_pat_str
 
 import model as model_module
 import prepare_data
@@ -81,16 +83,35 @@ def run(
     return done
 
 
+def start(*command: object, **env: str) -> subprocess.Popen:
+    """A script in a process that a test can interrupt."""
+    name, *rest = (str(part) for part in command)
+    silent = {"stdout": subprocess.DEVNULL}
+    env = {**os.environ, "OMP_NUM_THREADS": "1", **env}
+    return subprocess.Popen([sys.executable, str(ROOT / name), *rest], env=env, **silent)
+
+
+def wait_until(event: Callable[[], bool], process: subprocess.Popen) -> None:
+    """Return as soon as something has happened that a process is to bring about."""
+    deadline = time.monotonic() + TIMEOUT
+    while not event():
+        assert process.poll() is None and time.monotonic() < deadline
+
+
+def contents(directory: Path) -> dict[Path, bytes]:
+    """What is in a directory, but for the lock."""
+    return {path: path.read_bytes() for path in directory.rglob("*") if path.is_file() and path.name != ".lock"}
+
+
 def refusal(main: Callable, capsys: pytest.CaptureFixture, *options: object, status: int = 1) -> str:
     """The one line with which a script, called in this process, ends on an error."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as ending:
         main([str(option) for option in options])
-    code = ending.value.code  # a text means status 1, with the text on standard error
-    assert status == (1 if isinstance(code, str) else code)
-    message = code if isinstance(code, str) else capsys.readouterr().err
-    assert len(message.strip().splitlines()) == 1, message
-    return message.strip()
+    assert status == ending.value.code
+    *before, message = capsys.readouterr().err.strip().splitlines()
+    assert "error: " in message and all(line.endswith("; trying again") for line in before), message
+    return message
 
 
 # The model
@@ -174,7 +195,7 @@ def test_loss_is_over_exactly_the_vocabulary_and_leaves_out_minus_one() -> None:
     assert model.transformer.wte.weight.grad[:61].abs().max() > 0
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2), (torch.float16, 2e-3)])
 def test_loss_by_chunks_is_the_loss_of_the_whole(dtype: torch.dtype, tolerance: float) -> None:
     torch.manual_seed(0)
     x, weight = torch.randn(600, 32, requires_grad=True), torch.randn(384, 32, requires_grad=True)
@@ -183,7 +204,7 @@ def test_loss_by_chunks_is_the_loss_of_the_whole(dtype: torch.dtype, tolerance: 
     loss = F.cross_entropy(x @ weight[:300].t(), targets, ignore_index=-1)
     expected = loss, *torch.autograd.grad(3 * loss, (x, weight))
     apply = model_module.LinearCrossEntropy.apply
-    for function in (apply, torch.compile(apply)) if dtype == torch.bfloat16 else (apply,):  # compiled only on GPUs
+    for function in (apply, torch.compile(apply, fullgraph=True)):
         loss = function(x, weight, targets, 300, dtype)
         for one, other in zip((loss, *torch.autograd.grad(3 * loss, (x, weight))), expected, strict=True):
             assert one.dtype == torch.float32 and (one - other).norm() < tolerance * other.norm()
@@ -228,7 +249,7 @@ def test_saved_model_is_in_the_hubs_layout_and_loads_bit_for_bit(tmp_path: Path)
     assert stored["transformer.wte.weight"].shape == (61, 32)  # no padding
     assert stored["transformer.h.0.mlp.c_fc.weight"].shape == (32, 128)  # (in, out), as OpenAI has it
     assert not [name for name in stored if "_orig_mod" in name or "lm_head" in name]
-    assert model_module.model_tokenizer(tmp_path / "ours") == "byte"
+    assert model_module.read_config(tmp_path / "ours") == (TINY, "byte")
     # The hub's gpt2 has no prefix and carries attention masks; newer files repeat the shared matrix.
     (tmp_path / "hub").mkdir()
     hub = {name.removeprefix("transformer."): array for name, array in stored.items()}
@@ -240,7 +261,7 @@ def test_saved_model_is_in_the_hubs_layout_and_loads_bit_for_bit(tmp_path: Path)
     (tmp_path / "hub" / "config.json").write_text(json.dumps(config))
     for directory, tokenizer in (("ours", "byte"), ("hub", "gpt2")):
         loaded = load_model(tmp_path / directory)
-        assert loaded.config == TINY and model_module.model_tokenizer(tmp_path / directory) == tokenizer
+        assert loaded.config == TINY and model_module.read_config(tmp_path / directory) == (TINY, tokenizer)
         assert not loaded.training and all(p.requires_grad for p in loaded.parameters())
         for name, parameter in model.state_dict().items():
             rows = 61 if "wte" in name else None
@@ -249,28 +270,38 @@ def test_saved_model_is_in_the_hubs_layout_and_loads_bit_for_bit(tmp_path: Path)
 
 def test_model_that_is_not_one_is_refused(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="nowhere is not a model: there is no such directory"):
-        load_model("nowhere")
+        prepare_data.model_directory("nowhere")
     save_model(random_model(), tmp_path)
-    weights, config = (tmp_path / "model.safetensors").read_bytes(), (tmp_path / "config.json").read_text()
+    weights, config = (tmp_path / "model.safetensors").read_bytes(), json.loads((tmp_path / "config.json").read_text())
     for broken in (weights[:-100], b"", b"x" * 5000):
         (tmp_path / "model.safetensors").write_bytes(broken)
         with pytest.raises(ValueError, match="damaged or not a safetensors file"):
             load_model(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(weights)
-    for wrong, message in [
-        ('"gelu_new"', "activation_function"),
-        ('"gpt2"', "model_type"),
-        ('"n_embd": 32', "not as in config.json"),
-        ('"n_layer": 2', "has no transformer.h.2"),
-        ('"n_head"', "n_head"),
+    for change, message in [
+        ({"activation_function": "relu"}, "activation_function relu, where GPT-2 has gelu_new"),
+        ({"model_type": "gpt_neo"}, "model_type"),
+        ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx"),
+        ({"scale_attn_weights": False}, "scale_attn_weights"),
+        ({"tie_word_embeddings": False}, "tie_word_embeddings"),
+        ({"n_inner": 64}, "n_inner"),
+        ({"n_embd": 64}, "not as in config.json"),
+        ({"n_layer": 3}, "has no transformer.h.2"),
+        ({"n_layer": 10**6}, "has no transformer.h.999999"),
+        ({"n_layer": 2.0}, "n_layer must be a whole number"),
+        ({"n_positions": 10**30}, "block_size must be a whole number"),
+        ({"n_head": None}, "n_head"),
     ]:
-        replacement = {'"n_embd": 32': '"n_embd": 64', '"n_layer": 2': '"n_layer": 3'}.get(wrong, '"other"')
-        (tmp_path / "config.json").write_text(config.replace(wrong, replacement))
+        (tmp_path / "config.json").write_text(json.dumps(config | change))
         with pytest.raises(ValueError, match=message):
+            load_model(tmp_path)
+    for broken in ("[]", "{", '{"model_type": "gpt2"}', "[" * 100_000):
+        (tmp_path / "config.json").write_text(broken)
+        with pytest.raises(ValueError, match="does not describe a GPT-2"):
             load_model(tmp_path)
     (tmp_path / "config.json").unlink()
     with pytest.raises(FileNotFoundError, match="it has no model"):
-        load_model(tmp_path)
+        prepare_data.model_directory(tmp_path)
 
 
 # Generation
@@ -289,14 +320,7 @@ def greedy_without_cache(model: GPT, tokens: torch.Tensor, count: int) -> torch.
 
 @pytest.mark.parametrize(
     ("batch", "prompt", "how"),
-    [
-        (1, 1, {}),
-        (1, 16, {}),
-        (3, 5, {}),
-        (1, 16, {"fixed": True}),
-        (3, 1, {"fixed": True}),
-        (2, 5, {"compiled": True}),
-    ],
+    [(1, 1, {}), (1, 16, {}), (3, 5, {}), (1, 16, {"compiled": True}), (3, 1, {"compiled": True})],
 )
 def test_law_4_cache_changes_no_token(batch: int, prompt: int, how: dict[str, bool]) -> None:
     model = random_model()
@@ -422,39 +446,35 @@ def test_openai_weights_are_fetched_once_and_checked(
     site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HF_ENDPOINT", site.url)
-    monkeypatch.setenv("HF_TOKEN", "secret")
+    monkeypatch.setenv("HF_TOKEN", "secret\n")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     model = random_model()
     save_model(model, tmp_path / "hub")
     listing = []
     for name in ("config.json", "model.safetensors"):
         data = (tmp_path / "hub" / name).read_bytes()
-        lfs = {"lfs": {"oid": hashlib.sha256(data).hexdigest()}} if name == "model.safetensors" else {}
-        listing.append({"path": name, "size": len(data), **lfs})
+        lfs = {"oid": hashlib.sha256(data).hexdigest()} if name == "model.safetensors" else None
+        listing.append({"path": name, "size": len(data), "lfs": lfs})
         site.content[f"/openai-community/gpt2/resolve/main/{name}"] = data
     site.content["/api/models/openai-community/gpt2/tree/main"] = json.dumps(listing).encode()
 
     site.faults[:] = ["", "", "drop"]
-    with pytest.raises(OSError, match="gpt2 could not be fetched"):
-        load_model("gpt2")
-    site.requests.clear()
-    assert torch.equal(load_model("gpt2")(torch.arange(16)[None]), model(torch.arange(16)[None]))
-    resumed = [headers for path, headers in site.requests if path.endswith("model.safetensors")]
-    assert len(resumed) == 1 and int(resumed[0]["Range"].removeprefix("bytes=").rstrip("-")) > 0
+    with ThreadPoolExecutor(4) as ranks:  # all want it at once, and one fetches it
+        directories = list(ranks.map(prepare_data.model_directory, ["gpt2"] * 4))
+    loaded = load_model(directories[3])
+    assert torch.equal(loaded(torch.arange(16)[None]), model(torch.arange(16)[None]))
+    fetched = [headers for path, headers in site.requests if path.endswith("model.safetensors")]
+    assert len(fetched) == 2 and int(fetched[1]["Range"].removeprefix("bytes=").rstrip("-")) > 0
     assert all(headers["Authorization"] == "Bearer secret" for _, headers in site.requests)
     site.requests.clear()
-    load_model("gpt2")
+    prepare_data.model_directory("gpt2")
     assert not site.requests  # from the cache
 
-    for path in list(site.content):  # all four sizes are fetched in the same way
-        site.content[path.replace("gpt2", "gpt2-xl")] = site.content[path]
-    assert load_model("gpt2-xl").config == TINY
-
     shutil.rmtree(tmp_path / "cache")
-    site.faults[:] = ["", "", "lie"]
+    site.faults[:] = ["", "", "lie", "lie"]
     with pytest.raises(OSError, match="sha256"):
-        load_model("gpt2")
-    load_model("gpt2")  # what was wrong is not kept
+        prepare_data.model_directory("gpt2")
+    load_model(prepare_data.model_directory("gpt2"))  # what was wrong is not kept
 
 
 # Preparing data
@@ -517,24 +537,22 @@ def test_every_format_gives_the_tokens_of_its_texts(tmp_path: Path) -> None:
             assert meta[split]["tokens"] == len(tokens)
             assert meta[split]["documents"] == (tokens == 256).sum()
             assert meta[split]["bytes"] == (tokens != 256).sum()
-        assert sorted(path.name for path in out.iterdir())[:2] == ["meta.json", "train_000000.bin"]  # nothing left over
+        assert sorted(path.name for path in out.iterdir())[:3] == [".lock", "meta.json", "train_000000.bin"]
 
 
-def test_long_text_is_cut_where_gpt2s_tokenizer_cuts() -> None:
+def test_endless_white_space_has_the_tokens_of_the_whole() -> None:
     """With GPT-2's own pattern, and every pair of the text's bytes as a token so that a wrong cut would show."""
-    pattern = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
-    text = "".join(documents(60)).encode()
-    pairs = sorted({text[i : i + 2] for i in range(len(text) - 1)})
-    ranks = {bytes([i]): i for i in range(256)} | {pair: 256 + i for i, pair in enumerate(pairs)}
-    tokenizer = tiktoken.Encoding("pairs", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
-    whole = tokenizer.encode_ordinary(text.decode())
-    cuts = 0
-    for end in range(100, len(text), 397):
-        if cut := prepare_data._last_seam(text[:end]):
-            first, second = text[:cut].decode(), text[cut:].decode()
-            assert tokenizer.encode_ordinary(first) + tokenizer.encode_ordinary(second) == whole
-            cuts += 1
-    assert cuts > 50
+    rng = np.random.default_rng(0)
+    words = ["the", " ", "\n", "\u00a0", "\x1c", "\x85", "\u3000", "'s", "é", " " * 1500, "\n" * 1200, "\t \n" * 700]
+    text = "".join(rng.choice(words, size=1000))
+    encoded = text.encode()
+    pairs = sorted({encoded[i : i + 2] for i in range(len(encoded) - 1)})
+    ranks = {bytes([i]): i for i in range(256)} | {pair: 256 + i for i, pair in enumerate(pairs) if len(pair) == 2}
+    tokenizer = tiktoken.Encoding("pairs", pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens={})
+    pieces = prepare_data.encode(tokenizer, text)
+    assert len(pieces) > 100 and np.concatenate(pieces).tolist() == tokenizer.encode_ordinary(text)
+    endless = "a" + " " * 1_000_000 + "b" + "\n" * 1_000_000 + "c"  # more than tiktoken can take as one
+    assert tokenizer.decode(np.concatenate(prepare_data.encode(tokenizer, endless)).tolist()) == endless
 
 
 def serve_hub(site: Site, directory: Path, texts: list[str], files: int) -> None:
@@ -559,33 +577,25 @@ FINEWEB = "/datasets/HuggingFaceFW/fineweb-edu"
 
 
 def test_law_5_shards_do_not_depend_on_workers_or_on_kills(site: Site, tmp_path: Path) -> None:
-    texts = documents(6000)
+    texts = documents(3000)
     serve_hub(site, tmp_path, texts, files=3)
     options = ["--shard-tokens", "8k", "--val-tokens", "20k"]
     for workers in (1, 2, 5):
         prepare(tmp_path / str(workers), *options, "--workers", workers, HF_ENDPOINT=site.url)
-    rng, kills = np.random.default_rng(), 0
-    command = [sys.executable, ROOT / "prepare_data.py", "--out", tmp_path / "killed", "--tokenizer", "byte", *options]
-    env = {**os.environ, "HF_ENDPOINT": site.url}
-    while not (tmp_path / "killed" / "meta.json").exists():
-        # Never two drops in a row: the listing is asked for three times only.
-        site.faults[:] = itertools.chain.from_iterable(
-            (fault, "") for fault in rng.choice(["", "drop"], size=10).tolist()
-        )
-        process = subprocess.Popen([str(part) for part in command], env=env, stdout=subprocess.DEVNULL)
-        try:
-            assert process.wait(timeout=TIMEOUT if kills > 6 else rng.uniform(0.4, 1.2)) == 0
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-            kills += 1
-            assert kills < 8
-    assert kills
-    names = sorted(path.name for path in (tmp_path / "1").iterdir())
-    assert len(names) > 200
+    names = {path.name for path in (tmp_path / "1").iterdir()}
+    assert len(names) > 100
+    for shards in (1, 10, 11, 40, 80):  # killed as soon as there are so many
+        site.faults[:] = ["", "drop", "", "drop", ""]
+        command = ["prepare_data.py", "--out", tmp_path / "killed", "--tokenizer", "byte", *options, "--workers", 2]
+        process = start(*command, HF_ENDPOINT=site.url)
+        wait_until(lambda least=shards: len(list((tmp_path / "killed").glob("*.bin"))) >= least, process)
+        process.kill()
+        process.wait(timeout=TIMEOUT)
+        assert not (tmp_path / "killed" / "meta.json").exists()
+    prepare(tmp_path / "killed", *options, HF_ENDPOINT=site.url)
     for other in ("2", "5", "killed"):
-        assert sorted(path.name for path in (tmp_path / other).iterdir()) == names
-        for name in names:
+        assert {path.name for path in (tmp_path / other).iterdir()} == names
+        for name in names - {".lock"}:
             assert (tmp_path / other / name).read_bytes() == (tmp_path / "1" / name).read_bytes(), (other, name)
     tokens = np.concatenate([read_shards(tmp_path / "killed", split) for split in ("val", "train")])
     assert np.array_equal(tokens, byte_tokens(texts))
@@ -608,9 +618,10 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path: Path) -> None:
     measure = "import resource, subprocess, sys; subprocess.run(sys.argv[1:], check=True); "
     measure += "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"
     peaks = []
-    for copies in (20, 200):
+    for copies in (40, 400):
         source = write_jsonl(tmp_path / f"{copies}.jsonl", documents() * copies)
         command = [ROOT / "prepare_data.py", "--input", source, "--tokenizer", "byte", "--out", tmp_path / str(copies)]
+        command += ["--shard-tokens", "1M", "--workers", 2]
         process = [sys.executable, "-c", measure, sys.executable, *map(str, command)]
         done = subprocess.run(process, capture_output=True, text=True, timeout=TIMEOUT, check=True)
         peaks.append(int(done.stdout.splitlines()[-1]))
@@ -623,12 +634,12 @@ def test_a_finished_directory_is_left_alone_and_other_settings_are_refused(
     source = write_jsonl(tmp_path / "a.jsonl", documents())
     prepare(tmp_path / "out", "--input", source, "--max-tokens", "50k")
     assert len(read_shards(tmp_path / "out", "train")) == 45_000 and len(read_shards(tmp_path / "out", "val")) == 5_000
-    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
+    before = contents(tmp_path / "out")
     assert "already prepared" in prepare(tmp_path / "out", "--input", source, "--max-tokens", "50k").stdout
     same = ["--tokenizer", "byte", "--input", source]
     message = refusal(prepare_data.main, capsys, "--out", tmp_path / "out", *same, "--max-tokens", "60k")
     assert "max_tokens was 50000 and is now 60000" in message
-    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()} == before
+    assert contents(tmp_path / "out") == before
     (tmp_path / "foreign").mkdir()
     (tmp_path / "foreign" / "train_000000.bin").write_bytes(b"not ours")
     message = refusal(prepare_data.main, capsys, "--out", tmp_path / "foreign", *same)
@@ -647,39 +658,53 @@ def test_bad_text_is_named_in_one_line(tmp_path: Path, capsys: pytest.CaptureFix
     (tmp_path / "number.jsonl").write_text('{"text": 7}\n')
     (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress(b'{"text": "a"}\n' * 100)[:-10])
     (tmp_path / "empty.txt").write_bytes(b"")
+    (tmp_path / "short.txt").write_bytes(b"a")
+    (tmp_path / "deep.jsonl").write_text("[" * 100_000)
+    (tmp_path / "half.jsonl").write_text('{"text": "good"}\n{"text": "half \\ud800"}\n')
+    (tmp_path / "bytes.jsonl").write_bytes(b'{"text": "\xff"}\n')
+    (tmp_path / "bytes.txt").write_bytes(b"good \xff")
+    columns = [pyarrow.array(["a"]), pyarrow.array(["b"])]
+    pyarrow.parquet.write_table(pyarrow.table(columns, names=["text", "text"]), tmp_path / "twice.parquet")
     (tmp_path / "text.doc").write_bytes(b"?")
     for name, said in [
-        ("column.parquet", "column.parquet has no column named text; it has body"),
-        ("numbers.parquet", "numbers.parquet: the column named text does not hold strings"),
-        ("cut.parquet", "cut.parquet is damaged or not a Parquet file"),
+        ("column.parquet", "column.parquet cannot be read: it must have one column named text, and it has ['body']"),
+        ("twice.parquet", "it must have one column named text"),
+        ("numbers.parquet", "numbers.parquet cannot be read: a text is not a string"),
+        ("cut.parquet", "cut.parquet cannot be read"),
         ("line.jsonl", "line.jsonl, line 3"),
         ("number.jsonl", "number.jsonl, line 1"),
-        ("cut.jsonl.gz", "cut.jsonl.gz is damaged"),
-        ("empty.txt", "lower --val-tokens"),
+        ("deep.jsonl", "deep.jsonl, line 1, cannot be read"),
+        ("half.jsonl", "half.jsonl, line 2, cannot be read"),
+        ("bytes.jsonl", "bytes.jsonl, line 1, cannot be read"),
+        ("bytes.txt", "bytes.txt cannot be read: 'utf-8' codec can't decode byte 0xff in position 5"),
+        ("cut.jsonl.gz", "cut.jsonl.gz cannot be read"),
+        ("empty.txt", "it is empty"),
+        ("short.txt", "all of its 2 tokens go to the validation split; lower --val-tokens"),
         ("text.doc", "text.doc: the format is not known"),
-        ("none.txt", "there is no file"),
+        ("none.txt", "No such file"),
+        ("", "is a directory; give the files in it"),
     ]:
         options = ["--out", tmp_path / f"out-{name}", "--tokenizer", "byte", "--input", tmp_path / name]
+        options += ["--val-tokens", 5] if name == "short.txt" else []
         message = refusal(prepare_data.main, capsys, *options, "--workers", 1)
         assert said in message and message.startswith("prepare_data.py: error: "), message
-    for options in (["--max-tokens", "many"], ["--workers", "0"], ["--shard-tokens", "0"], ["--source", "books"]):
+    for options in (
+        ["--max-tokens", "many"],
+        ["--max-tokens", "9" * 400],
+        ["--workers", "0"],
+        ["--workers", "999999999999"],
+        ["--shard-tokens", "0"],
+        ["--source", "books"],
+        ["--source", "demo", "--input", "a.txt"],
+        ["book.txt"],
+    ):
         refusal(prepare_data.main, capsys, *options, status=2)
-
-
-def test_invalid_utf8_is_replaced_and_counted(tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_bytes(b"good " + b"\xff\xfe" + " \ufffd".encode() + b" end" * 100)
-    (tmp_path / "b.jsonl").write_text('{"text": "lone \\ud800 surrogate"}\n')
-    done = prepare(tmp_path / "out", "--input", tmp_path / "a.txt", tmp_path / "b.jsonl", "--val-tokens", 6)
-    assert done.stderr == "warning: 3 places with invalid UTF-8 were replaced by U+FFFD\n"
-    tokens = read_shards(tmp_path / "out", "train")
-    text = bytes(tokens[tokens != 256].astype(np.uint8)).decode()
-    assert text == "\ufffd\ufffd \ufffd" + " end" * 100 + "lone \ufffd surrogate"
 
 
 def test_fineweb_is_fetched_from_the_hub_through_every_fault(
     site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    texts = documents(6000)
+    texts = documents(3000)
     serve_hub(site, tmp_path, texts, files=3)
     # The first two while it asks for the first page of the listing:
     site.faults[:] = ["503", "drop", "", "", "503", "429", "drop", "drop", "ignore range", "lie", "drop"]
@@ -700,12 +725,9 @@ def test_fineweb_is_fetched_from_the_hub_through_every_fault(
     monkeypatch.setenv("HF_ENDPOINT", site.url)
     message = refusal(prepare_data.main, capsys, "--tokenizer", "byte", "--out", tmp_path / "lied to")
     assert "000_00000.parquet was fetched twice, and both times its size or sha256" in message
-    site.content[f"/api{FINEWEB}/tree/main/sample/900000BT"] = b'[{"path": "a.parquet", "size": 1}]'
-    options = ["--tokenizer", "byte", "--subset", "sample-900000BT", "--out", tmp_path / "much"]
-    assert "needs 1800000.0 GB and has" in refusal(prepare_data.main, capsys, *options)
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:1")
     message = refusal(prepare_data.main, capsys, "--tokenizer", "byte", "--out", tmp_path / "nothing")
-    assert "refused" in message
+    assert "could not be fetched" in message and "refused" in message
 
 
 def task_lines(count: int) -> dict[str, list[dict]]:
@@ -725,43 +747,46 @@ def as_jsonl(rows: list[dict]) -> bytes:
     return "".join(json.dumps(row) + "\n" for row in rows).encode()
 
 
-def test_evaluation_sets_are_fetched_rendered_and_come_with_the_default_corpus(
+def test_evaluation_sets_are_fetched_with_the_default_corpus(
     site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    lines = task_lines(30)
-    for name, rows in lines.items():
-        content = site.content[f"/{name}.jsonl"] = as_jsonl(rows)
-        file = prepare_data.RawFile(
-            f"{name}.jsonl", len(content), hashlib.sha256(content).hexdigest(), f"{site.url}/{name}.jsonl"
-        )
-        monkeypatch.setitem(prepare_data.TASK_FILES, name, file)
+    for name, rows in task_lines(30).items():
+        content, file = as_jsonl(rows), prepare_data.FILES[name]
+        site.content[f"/{name}"] = content
+        served = file._replace(size=len(content), sha256=hashlib.sha256(content).hexdigest(), url=f"{site.url}/{name}")
+        monkeypatch.setitem(prepare_data.FILES, name, served)
     serve_hub(site, tmp_path, documents(300), files=3)
     monkeypatch.setenv("HF_ENDPOINT", site.url)
     monkeypatch.chdir(tmp_path)
     prepare_data.main(["--tokenizer", "byte", "--val-tokens", "1k", "--workers", "1"])
     assert {path.name for path in Path("data").iterdir()} == {"fineweb-edu", "hellaswag", "lambada"}
-    for name, rows in lines.items():
-        file = Path("data", name, "tasks.bin")
-        header = np.fromfile(file, dtype="<i4", count=256)
-        stream = np.fromfile(file, dtype="<u2", offset=1024).tolist()
-        expected = []
-        for i, row in enumerate(rows):
-            context, word = row.get("text", "").rpartition(" ")[::2]
-            texts = [context, " " + word] if name == "lambada" else [row["ctx"], *(" " + e for e in row["endings"])]
-            pieces = [[len(text.encode()), *text.encode()] for text in texts]
-            task = [row.get("label", 0), len(texts) - 1, *itertools.chain(*pieces)]
-            expected.append([65535, 2 * (len(task) + 3), i, *task])
-        assert stream == [*itertools.chain(*expected)]
-        assert header.tolist() == [20240522, 1, 30, max(2 * len(task) for task in expected), *[0] * 252]
+    assert Path("data/hellaswag/hellaswag_val.jsonl").read_bytes() == site.content["/hellaswag"]
+    assert Path("data/lambada/lambada_test.jsonl").read_bytes() == site.content["/lambada"]
     site.requests.clear()
-    prepare_data.main(["--source", "lambada", "--tokenizer", "byte"])
-    assert not site.requests and "already prepared" in capsys.readouterr().out
-    no_ending = '{"ctx": "a", "endings": ["b"], "label": 1}'
-    for wrong, said in [("{}", "line 2: not a task"), (no_ending, "no right ending")]:
-        Path("bad.jsonl").write_bytes(as_jsonl(lines["hellaswag"][:1]) + wrong.encode())
-        options = ["--source", "hellaswag", "--tokenizer", "byte", "--input", "bad.jsonl", "--out", "bad"]
-        assert said in refusal(prepare_data.main, capsys, *options)
-    assert not Path("bad").exists()
+    prepare_data.main(["--source", "lambada"])
+    assert not site.requests  # it is there
+    path, tokenizer = Path("data/hellaswag/hellaswag_val.jsonl"), prepare_data.get_tokenizer("byte")
+    tasks = train.read_tasks("hellaswag", path, tokenizer, 7)
+    assert len(tasks.rows) == 4 * len(tasks.labels) == 28
+    path.write_bytes(path.read_bytes().replace(b"a", b"b", 1))
+    with pytest.raises(ValueError, match=r"hellaswag_val.jsonl is damaged"):
+        train.read_tasks("hellaswag", path, tokenizer, 7)
+    (path.parent / "SHA256SUMS").unlink()  # a set of one's own
+    no_ending = b'{"ctx": "a", "endings": ["b"], "label": 1}'
+    for wrong, said in [
+        (b"{}", "line 2: not a task of hellaswag"),
+        (no_ending, "no right ending"),
+        (b"[" * 10**5, "JSON"),
+    ]:
+        path.write_bytes(as_jsonl(task_lines(1)["hellaswag"]) + wrong)
+        with pytest.raises(ValueError, match=said):
+            train.read_tasks("hellaswag", path, tokenizer, 7)
+
+
+def write_tasks(directory: Path, sets: dict[str, list[dict]]) -> None:
+    for name, rows in sets.items():
+        (directory / name).mkdir()
+        (directory / name / prepare_data.FILES[name].name).write_bytes(as_jsonl(rows))
 
 
 # Training
@@ -776,16 +801,14 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
         directory / "shards", "--input", source, "--shard-tokens", "20k", "--val-tokens", "3k", "--max-tokens", "50k"
     )
     assert len(list((directory / "shards").glob("train_*.bin"))) == 3
-    for name, rows in task_lines(12).items():
-        (directory / f"{name}.jsonl").write_bytes(as_jsonl(rows))
-        prepare(directory / name, "--source", name, "--input", directory / f"{name}.jsonl")
+    write_tasks(directory, task_lines(12))
     return directory / "shards"
 
 
 @pytest.fixture
 def tiny_size(monkeypatch: pytest.MonkeyPatch) -> None:
     """A size of which a step takes milliseconds, for runs in this process."""
-    monkeypatch.setitem(train.MODEL_SIZES, "gpt2-tiny", GPTConfig(n_layer=2, n_head=2, n_embd=32))
+    monkeypatch.setitem(MODEL_SIZES, "gpt2-tiny", GPTConfig(n_layer=2, n_head=2, n_embd=32))
 
 
 SETTINGS = {
@@ -844,11 +867,11 @@ def test_learning_rate_rises_from_zero_and_falls_as_a_cosine() -> None:
 
 def test_each_sequence_is_used_once_an_epoch_and_the_step_decides_which(data: Path) -> None:
     config = replace(train.TrainConfig(), sequence_length=32, total_batch_tokens=32 * 100, seed=5)
-    split = train.open_split(data, "train", 32, 257)
+    split = prepare_data.open_split(data, "train", 32)
     shards = [np.fromfile(path, dtype="<u2", offset=1024) for path in split.paths]
     cut = [shard[i * 32 : i * 32 + 33] for shard in shards for i in range((len(shard) - 1) // 32)]
     total = int(split.first[-1])
-    assert len(cut) == total and np.array_equal(train.read_sequences(split, np.arange(total)), np.stack(cut))
+    assert len(cut) == total and np.array_equal(prepare_data.read_sequences(split, np.arange(total)), np.stack(cut))
     stream = np.concatenate([train.batch_indices(split, config, step) for step in range(1, 2 * total // 100 + 2)])
     first, second = stream[:total], stream[total : 2 * total]
     assert sorted(first) == sorted(second) == list(range(total))
@@ -879,9 +902,9 @@ def test_law_2_and_6_on_one_process_and_on_two(data: Path, tmp_path: Path) -> No
         for one, two in zip(read_log(tmp_path / "whole"), read_log(other.parent), strict=True):
             assert one.keys() == two.keys() and one == pytest.approx(two, rel=1e-5)
     # The losses, from their definition
-    split, model = train.open_split(data, "train", 32, 257), load_model(start)
+    split, model = prepare_data.open_split(data, "train", 32), load_model(start)
     config = replace(train.TrainConfig(), **SETTINGS)
-    sequences = torch.from_numpy(train.read_sequences(split, train.batch_indices(split, config, 1)))
+    sequences = torch.from_numpy(prepare_data.read_sequences(split, train.batch_indices(split, config, 1)))
     log = read_log(tmp_path / "ranks")
     assert [line["step"] for line in log] == [0, 1, 2, 2, 3, 4, 4]
     assert log[1]["train_loss"] == pytest.approx(model(sequences[:, :-1], sequences[:, 1:]).item(), rel=1e-5)
@@ -904,7 +927,7 @@ def test_evaluation_is_what_its_definition_says_on_any_ranks(data: Path, tmp_pat
     nats = np.array([losses(val[i * 32 : i * 32 + 33])[0].sum() for i in range(62)])
     summed, normalized, words = [], [], []
     for lines in ("hellaswag", "lambada"):
-        for line in (data.parent / f"{lines}.jsonl").read_text().splitlines():
+        for line in (data.parent / lines / prepare_data.FILES[lines].name).read_text().splitlines():
             task = json.loads(line)
             context, word = task.get("text", "").rpartition(" ")[::2]
             scores = []
@@ -931,7 +954,7 @@ def test_evaluation_is_what_its_definition_says_on_any_ranks(data: Path, tmp_pat
         expected |= {name: np.mean(right), f"{name}_se": np.std(right, ddof=1) / math.sqrt(12)}
 
     one, many, options = tmp_path / "one", tmp_path / "many", {"init_from": start, "eval_only": True}
-    table = run("train.py", *flags(data, one, **options, micro_batch_size=16)).stdout
+    table = run("train.py", *flags(data, one, **options)).stdout
     ranks = ["--standalone", "--nproc_per_node=3", ROOT / "train.py"]
     run("torchrun", *ranks, *flags(data, many, **options, total_batch_tokens=384))
     for out in (one, many):
@@ -957,18 +980,9 @@ def test_tasks_whose_answers_are_known(tmp_path: Path, data: Path) -> None:
     endings = ["a", "aaaaaaaa", "abcdefg", "bb"]
     hellaswag = [{"ctx": "b", "endings": endings, "label": label} for label in (0, 1, 1, 2)]
     lambada = [{"text": text} for text in ("a   ", "a b", "b a", "a a", "aaa  ")]  # two end in one more space
-    for name, rows in {"hellaswag": hellaswag, "lambada": lambada}.items():
-        (tmp_path / name).with_suffix(".jsonl").write_bytes(as_jsonl(rows))
-        prepare(tmp_path / name, "--source", name, "--input", tmp_path / f"{name}.jsonl")
-
+    write_tasks(tmp_path, {"hellaswag": hellaswag, "lambada": lambada})
     settings = SETTINGS | {"data": str(tmp_path / "shards"), "out": str(tmp_path / "out"), "eval_only": True}
     assert train.train(replace(train.TrainConfig(), **settings, init_from=str(tmp_path / "repeats"))) == 0
-    file = tmp_path / "hellaswag" / "tasks.bin"
-    whole = file.read_bytes()
-    for broken in (whole[:-2], whole[:-1], whole + b"ab", whole[:1030], whole[:3], b"", whole[:-2] + b"\x99\x99"):
-        file.write_bytes(broken)
-        with pytest.raises(ValueError, match=r"tasks.bin (is damaged|does not hold tasks|holds token 39321, outside)"):
-            train.read_tasks(file, 257)
     (metrics,) = read_log(tmp_path / "out")
     assert (metrics["hellaswag_acc"], metrics["hellaswag_acc_norm"], metrics["lambada_acc"]) == (0.25, 0.5, 0.4)
 
@@ -978,22 +992,15 @@ def start_ranks(ranks: int, *options: object) -> list[subprocess.Popen]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    processes = []
-    for rank in range(ranks):
-        env = {**os.environ, "OMP_NUM_THREADS": "1"}
-        if ranks > 1:
-            env |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
-            env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        command = [sys.executable, str(ROOT / "train.py"), *(str(option) for option in options)]
-        processes.append(subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL))
-    return processes
+    meeting = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)} if ranks > 1 else {}
+    places = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else {} for rank in range(ranks)]
+    return [start("train.py", *options, **meeting, **place) for place in places]
 
 
 def wait_for_steps(out: Path, steps: int, process: subprocess.Popen) -> None:
     """Return as soon as the log of a run has so many updates."""
-    log, deadline = out / "metrics.jsonl", time.monotonic() + TIMEOUT
-    while not (log.exists() and log.read_text().count("train_loss") >= steps):
-        assert process.poll() is None and time.monotonic() < deadline
+    log = out / "metrics.jsonl"
+    wait_until(lambda: log.exists() and log.read_text().count("train_loss") >= steps, process)
 
 
 def assert_same_run(first: Path, second: Path, checkpoint: str) -> None:
@@ -1048,7 +1055,7 @@ def test_a_killed_worker_is_healed_by_torchrun(data: Path, tmp_path: Path) -> No
             if ours and b"\0RANK=1\0" in (process / "environ").read_bytes():
                 os.kill(int(process.name), signal.SIGKILL)
     assert agent.wait(timeout=TIMEOUT) == 0
-    assert (tmp_path / "output").read_text().count("| going on from") == 1
+    assert (tmp_path / "output").read_text().count("; resuming from") == 1
     run("torchrun", *torchrun, *flags(data, tmp_path / "whole", **changes))
     assert_same_run(tmp_path / "healed", tmp_path / "whole", "step_000030")
 
@@ -1084,16 +1091,6 @@ def test_run_goes_on_with_other_ranks_and_divided_optimizer(data: Path, tmp_path
         assert one == pytest.approx(two, rel=1e-4)
 
 
-def test_steps_can_be_raised_on_purpose_only(
-    data: Path, tmp_path: Path, tiny_size: None, capsys: pytest.CaptureFixture
-) -> None:
-    run_train(data, tmp_path, steps=3)
-    message = refusal(train.main, capsys, *flags(data, tmp_path, steps=5, resume=True))
-    assert "--steps was 3 and is now 5; --extend allows another --steps" in message
-    assert run_train(data, tmp_path, steps=5, resume=True, extend=True).name == "step_000005"
-    assert [line["step"] for line in read_log(tmp_path)] == [0, 1, 2, 3, 3, 4, 5, 5]
-
-
 def test_divergence_stops_the_run_before_the_update(
     data: Path, tmp_path: Path, tiny_size: None, capsys: pytest.CaptureFixture
 ) -> None:
@@ -1118,7 +1115,7 @@ def test_damaged_checkpoint_is_passed_over(
         capsys.readouterr()
         assert_same_weights(run_train(data, out, resume=True), whole)
         said = capsys.readouterr().out
-        assert re.search(rf"warning: \S*{name} is damaged.*passing over it", said) and "step_000003" in said
+        assert re.search(rf"warning: \S*{name} is damaged.*passing over step_000006", said) and "step_000003" in said
         assert read_log(out) == read_log(tmp_path / "whole")
 
 
@@ -1126,9 +1123,75 @@ def test_full_disk_loses_no_checkpoint(data: Path, tmp_path: Path) -> None:
     changes = {"steps": 2, "checkpoint_every": 1, "eval_every": 2}
     done = run("train.py", *flags(data, tmp_path / "out", **changes), status=1, largest_file=1_000_000)
     assert re.fullmatch(r"train.py: error: \S*step_000001 could not be written .*\n", done.stderr)
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["metrics.jsonl"]
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {".lock", "metrics.jsonl"}
     run("train.py", *flags(data, tmp_path / "out", **changes, resume=True))
     assert [line["step"] for line in read_log(tmp_path / "out")] == [0, 1, 2, 2]  # from the beginning
+
+
+def test_law_7_a_directory_has_one_writer(data: Path, tmp_path: Path) -> None:
+    run_flags = flags(data, tmp_path / "run", steps=10**6, checkpoint_every=0)
+    training = start("train.py", *run_flags)
+    wait_for_steps(tmp_path / "run", 3, training)
+    before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    for options in ([], ["--resume"]):
+        done = run("train.py", *run_flags, *options, status=1)
+        assert re.fullmatch(rf"train.py: error: \S*run is in use by process {training.pid} .*\n", done.stderr)
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes().startswith(before)
+    training.kill()
+    training.wait(timeout=TIMEOUT)
+    assert all("step" in line for line in read_log(tmp_path / "run"))
+
+    source = write_jsonl(tmp_path / "a.jsonl", documents() * 100)
+    options = ["--out", tmp_path / "data", "--tokenizer", "byte", "--input", source, "--shard-tokens", "10k"]
+    preparing = start("prepare_data.py", *options)
+    wait_until(lambda: (tmp_path / "data" / "train_000000.bin").exists(), preparing)
+    assert "is in use by process" in run("prepare_data.py", *options, status=1).stderr
+    preparing.kill()
+    preparing.wait(timeout=TIMEOUT)
+    run("prepare_data.py", *options)  # the lock ended with its process
+    tokens = np.concatenate([read_shards(tmp_path / "data", split) for split in ("val", "train")])
+    assert np.array_equal(tokens, byte_tokens(documents() * 100))
+
+
+def test_law_8_nothing_damaged_is_believed(
+    data: Path, tmp_path: Path, tiny_size: None, capsys: pytest.CaptureFixture
+) -> None:
+    """One flipped bit anywhere in a checkpoint or a shard is noticed and named."""
+    whole, rng = run_train(data, tmp_path / "whole"), np.random.default_rng(0)
+    sums = subprocess.run(["sha256sum", "-c", "SHA256SUMS"], cwd=whole, capture_output=True, text=True, check=True)
+    assert sums.stdout.count(": OK\n") == len(list(whole.iterdir())) - 1
+
+    def flip(path: Path) -> None:
+        content = bytearray(path.read_bytes())
+        content[rng.integers(len(content))] ^= 1 << int(rng.integers(8))
+        path.write_bytes(content)
+
+    for name in ("model.safetensors", "trainer.pt", "config.json"):
+        original = (whole / name).read_bytes()
+        flip(whole / name)
+        with pytest.raises(ValueError, match=f"{name} is damaged"):
+            prepare_data.check_checksums(whole)
+        shutil.rmtree(tmp_path / "again", ignore_errors=True)
+        shutil.copytree(tmp_path / "whole", tmp_path / "again")
+        resumed = run_train(data, tmp_path / "again", resume=True)
+        assert "passing over step_000006" in capsys.readouterr().out
+        prepare_data.check_checksums(resumed)
+        if name != "trainer.pt":
+            assert f"{name} is damaged" in refusal(sample.main, capsys, "--model", whole)
+        (whole / name).write_bytes(original)
+
+    shutil.copytree(data, tmp_path / "shards")
+    run_train(tmp_path / "shards", tmp_path / "run", steps=3)
+    whole = (tmp_path / "shards" / "train_000001.bin").read_bytes()
+    flip(tmp_path / "shards" / "train_000001.bin")
+    with pytest.raises(ValueError, match=r"train_000001.bin is (damaged|not a token shard)"):
+        run_train(tmp_path / "shards", tmp_path / "other")
+    shard, meta = tmp_path / "shards" / "train_000001.bin", json.loads((tmp_path / "shards" / "meta.json").read_text())
+    shard.write_bytes(whole[:1024].ljust(len(whole), b"\0"))  # another, of the same size
+    meta["train"]["sha256"][1] = prepare_data.sha256_of(shard)
+    (tmp_path / "shards" / "meta.json").write_text(json.dumps(meta))
+    again = flags(tmp_path / "shards", tmp_path / "run", steps=3, resume=True)
+    assert "are not those that" in refusal(train.main, capsys, *again)
 
 
 def test_reading_data_does_not_fill_the_memory(tmp_path: Path) -> None:
@@ -1138,11 +1201,11 @@ def test_reading_data_does_not_fill_the_memory(tmp_path: Path) -> None:
     tokens = 30_000_000
     with open(tmp_path / "train_000000.bin", "wb") as file:
         file.write(np.array([20240520, 1, tokens, *[0] * 253], dtype="<i4").tobytes() + bytes(2 * tokens))
-    split = train.open_split(tmp_path, "train", 1024, 257)
-    train.read_sequences(split, np.arange(100))
+    split = prepare_data.open_split(tmp_path, "train", 1024)
+    prepare_data.read_sequences(split, np.arange(100))
     before = resident()
     for start in range(0, int(split.first[-1]), 500):
-        train.read_sequences(split, np.arange(start, min(start + 500, int(split.first[-1]))))
+        prepare_data.read_sequences(split, np.arange(start, min(start + 500, int(split.first[-1]))))
     assert resident() - before < 20e6  # of 60 MB
 
 
@@ -1155,12 +1218,12 @@ def test_compiled_run_evaluates_samples_and_trains_the_same(data: Path, tmp_path
         assert one == pytest.approx(two, rel=1e-3)
 
 
-def test_micro_batch_is_found_and_one_too_large_is_told_which_fits(
+def test_micro_batch_is_found_and_one_too_large_ends_in_one_line(
     data: Path, tmp_path: Path, tiny_size: None, capsys: pytest.CaptureFixture
 ) -> None:
     changes = {"steps": 1, "eval_every": 0, "checkpoint_every": 0, "total_batch_tokens": 2**17}
     found = run_train(data, tmp_path / "found", **changes, micro_batch_size=0)
-    assert "micro-batches of 128 " in capsys.readouterr().out  # 4,096 tokens
+    assert "32 x 128 sequences" in capsys.readouterr().out  # 4,096 tokens
     assert_same_weights(found, run_train(data, tmp_path / "given", **changes, micro_batch_size=64), tolerance=2e-5)
     in_use = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
     limits = resource.getrlimit(resource.RLIMIT_AS)
@@ -1169,8 +1232,7 @@ def test_micro_batch_is_found_and_one_too_large_is_told_which_fits(
         message = refusal(train.main, capsys, *flags(data, tmp_path / "much", **changes, micro_batch_size=2**12))
     finally:
         resource.setrlimit(resource.RLIMIT_AS, limits)
-    said = re.search(r"--micro-batch-size 4096 does not fit in memory; --micro-batch-size (\d+) fits", message)
-    assert said and 1 < int(said[1]) < 2**12 and 2**12 % int(said[1]) == 0
+    assert "out of memory; leave --micro-batch-size out" in message
 
 
 def test_mfu_is_told_for_known_cards_in_dtypes_that_they_have(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -1183,9 +1245,10 @@ def test_mfu_is_told_for_known_cards_in_dtypes_that_they_have(monkeypatch: pytes
         ("Tesla V100-SXM2-16GB", None, 125e12, 15.7e12), ("NVIDIA GeForce RTX 4090", 165.2e12, 165.2e12, 82.6e12),
         ("NVIDIA GeForce RTX 4090 Laptop GPU", None, None, None), ("NVIDIA L40", None, None, None),
         ("NVIDIA A1000", None, None, None), ("NVIDIA GeForce RTX 3090 Ti", None, None, None),
+        ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", None, None, None),
     ]:  # fmt: skip
         for dtype, peak in ((torch.bfloat16, bfloat16), (torch.float16, float16), (torch.float32, float32)):
-            assert train.peak_flops(name, dtype) == pytest.approx(peak), (name, dtype)
+            assert model_module.peak_flops(name, dtype) == pytest.approx(peak), (name, dtype)
 
 
 def test_bfloat16_run_is_close_to_float32(data: Path, tmp_path: Path, tiny_size: None) -> None:
@@ -1210,15 +1273,15 @@ def test_shards_of_other_programs_are_read_and_bad_ones_are_named(data: Path, tm
         (tmp_path / name).write_bytes(first.tobytes() + np.array(tokens, dtype="<u2").tobytes())
 
     shard("fineweb_train_000001.bin", [*range(50), 50256])  # modded-nanogpt's name, no meta.json
-    assert train.read_meta(tmp_path) == {"tokenizer": "gpt2", "vocab_size": 50257}
-    split = train.open_split(tmp_path, "train", 10, 50257)
-    assert train.read_sequences(split, np.array([4]))[0].tolist() == [*range(40, 50), 50256]
+    assert prepare_data.read_meta(tmp_path) == {"tokenizer": "gpt2", "vocab_size": 50257}
+    split = prepare_data.open_split(tmp_path, "train", 10)
+    assert prepare_data.read_sequences(split, np.array([4]))[0].tolist() == [*range(40, 50), 50256]
     with pytest.raises(ValueError, match=r"fineweb_train_000001.bin holds token 50256, outside the vocabulary of 257"):
-        train.read_sequences(split._replace(vocab_size=257), np.array([4]))
-    with pytest.raises(ValueError, match=r"fineweb_train_000001.bin holds token 50256, outside the vocabulary of 257"):
-        train.check_tokens(split._replace(vocab_size=257), train.Job(0, 1, CPU))
-    with pytest.raises(ValueError, match="no train shard holds a sequence of 51 tokens"):
-        train.open_split(tmp_path, "train", 51, 50257)
+        prepare_data.read_sequences(split._replace(vocab_size=257), np.array([4]))
+    with pytest.raises(ValueError, match="too little training data for 51-token sequences"):
+        prepare_data.open_split(tmp_path, "train", 51)
+    shard("tiny_shakespeare_val.bin", [*range(50)])  # llm.c's names
+    assert prepare_data.open_split(tmp_path, "val", 10).tokens == [50]
     for bad, message in [
         ({"header": (20240521, 1)}, "not a token shard"),
         ({"header": (20240520, 2)}, "not a token shard"),
@@ -1227,11 +1290,11 @@ def test_shards_of_other_programs_are_read_and_bad_ones_are_named(data: Path, tm
     ]:
         shard("train_000002.bin", **{"tokens": [1, 2, 3], **bad})
         with pytest.raises(ValueError, match=f"train_000002.bin.*{message}"):
-            train.open_split(tmp_path, "train", 10, 50257)
+            prepare_data.open_split(tmp_path, "train", 10)
     for content in (b"", b"abc"):
         (tmp_path / "train_000002.bin").write_bytes(content)
         with pytest.raises(ValueError, match=r"train_000002.bin is not a token shard"):
-            train.open_split(tmp_path, "train", 10, 50257)
+            prepare_data.open_split(tmp_path, "train", 10)
 
 
 def test_train_says_what_is_wrong_in_one_line(
@@ -1239,15 +1302,18 @@ def test_train_says_what_is_wrong_in_one_line(
 ) -> None:
     out = tmp_path / "out"
     for changes, said in [
-        ({"total_batch_tokens": 500}, "the nearest that can: 384 or 512"),
-        ({"total_batch_tokens": 100}, "the nearest that can: 128"),
-        ({"model": "gpt3"}, "there is no model size gpt3"),
-        ({"steps": 0}, "--steps must be at least 1"),
-        ({"max_lr": "nan"}, "--max-lr must be at least 0"),
+        ({"total_batch_tokens": 500}, "nearest valid values: 384 or 512"),
+        ({"total_batch_tokens": 100}, "nearest valid values: 128"),
+        ({"model": "gpt3"}, "--model must be one of"),
+        ({"steps": 0}, "--steps: must be a number from 1"),
+        ({"steps": "9" * 400}, "--steps: must be a number from 1"),
+        ({"total_batch_tokens": 768_000_000_000_000}, "--total-batch-tokens: must be a number from 1"),
+        ({"max_lr": "nan"}, "--max-lr: must be a number from 0"),
         ({"min_lr": 1}, "--min-lr (1.0) must not be more than --max-lr (0.01)"),
         ({"dtype": "int8"}, "--dtype must be one of"),
+        ({"out": ""}, "--data and --out must name a directory"),
     ]:
-        assert said in refusal(train.main, capsys, *flags(data, out, **changes), status=2)
+        assert said in refusal(train.main, capsys, *flags(data, **{"out": out} | changes), status=2)
     assert "unrecognized arguments: --stepz" in refusal(train.main, capsys, "--stepz", 3, status=2)
 
     def refused(**changes: object) -> str:
@@ -1255,37 +1321,29 @@ def test_train_says_what_is_wrong_in_one_line(
 
     save_model(random_model(GPTConfig(16, 300, 2, 2, 32)), tmp_path / "other", "gpt2")
     assert "--sequence-length 32 is more than" in refused(init_from=str(save(tmp_path / "short", 16, "byte")))
-    assert "was trained with the gpt2 tokenizer" in refused(init_from=str(save(tmp_path / "other", 32, "gpt2")))
+    assert "uses the gpt2 tokenizer, and" in refused(init_from=str(save(tmp_path / "other", 32, "gpt2")))
     assert "is not a model" in refused(init_from="nothing")
-    assert "there is no data directory" in refused(data=str(tmp_path / "none"))
+    assert "make it with: python prepare_data.py --input YOUR_TEXT --out" in refused(data=str(tmp_path / "none"))
     (tmp_path / "empty").mkdir()
     assert "has no val_*.bin" in refused(data=str(tmp_path / "empty"))
     (tmp_path / "empty" / "progress.json").touch()
-    assert "is not prepared to the end" in refused(data=str(tmp_path / "empty"))
-    assert "there is nothing to evaluate" in refused(eval_only=True)
+    assert "is only partly prepared" in refused(data=str(tmp_path / "empty"))
+    assert "has no whole checkpoint" in refused(eval_only=True)
     monkeypatch.setitem(sys.modules, "tensorboard", None)
     assert "pip install tensorboard" in refused(tensorboard=True)
-    assert not out.exists()  # nothing of all this left anything behind
+    assert not contents(out)  # nothing of all this left anything behind
 
-    checkpoint = run_train(data, out)
-    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    run_train(data, out)
+    before = contents(out)
     assert "already holds a run" in refused()
     assert "--max-lr was 0.01 and is now 0.02; --seed" not in refused(resume=True, max_lr=0.02)
     message = refused(resume=True, max_lr=0.02, seed=1)
     assert "--seed was 1337 and is now 1" in message and "--max-lr was 0.01 and is now 0.02" in message
-    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+    assert contents(out) == before
     run_train(data, out, resume=True)  # a finished run: nothing left to do
-    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
-    shutil.copytree(data, tmp_path / "changed")
-    (tmp_path / "changed" / "train_000002.bin").unlink()
-    assert "meta.json says" in refused(data=tmp_path / "changed", resume=True)
-    (tmp_path / "changed" / "meta.json").unlink()
-    assert "are not those of before" in refused(data=tmp_path / "changed", resume=True, eval_every=0)
-    (checkpoint / "trainer.pt").write_bytes(b"PK")
-    shutil.rmtree(out / "step_000003")
-    assert "has no checkpoint that is whole" in refused(resume=True)
+    assert contents(out) == before
     done = run("train.py", *flags(tmp_path / "none", tmp_path / "new"), status=1)
-    assert done.stderr.startswith("train.py: error: there is no data directory") and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("train.py: error: there is no ") and done.stderr.count("\n") == 1
 
 
 def save(directory: Path, block_size: int, tokenizer: str) -> Path:
@@ -1305,8 +1363,7 @@ def test_readme_names_every_option(script: ModuleType, capsys: pytest.CaptureFix
 
 
 def test_characters_are_never_broken_in_the_stream() -> None:
-    tokenizer = prepare_data.get_tokenizer("byte")
-    decode = sample.make_decoder(tokenizer)
+    decode = sample.Decoder(prepare_data.get_tokenizer("byte"))
     assert [decode(byte) for byte in "aé🙂".encode()] == ["a", "", "é", "", "", "", "🙂"]
     assert [decode(0xF0), decode(0x9F), decode(256), decode(97)] == ["", "", "\ufffd", "a"]
 
@@ -1317,17 +1374,16 @@ def test_demo_from_nothing_to_text(
     run("prepare_data.py", "--source", "demo", cwd=tmp_path)
     trained = run("train.py", "--preset", "demo", "--steps", 12, "--sample-every", 12, "--log-every", 1, cwd=tmp_path)
     losses = [line["train_loss"] for line in read_log(tmp_path / "out" / "demo") if "train_loss" in line]
-    summary = r"12 steps done, 9,216 tokens; here 9,216 in 0:.*\nvalidation loss .* best .* at step"
-    assert re.search(summary, trained.stdout)
-    assert trained.stdout.endswith("sample from it with: python sample.py --model out/demo/step_000012\n")
-    assert len(losses) == 12 and losses[0] == pytest.approx(math.log(257), rel=0.03) and losses[-1] < losses[0] - 1
-    assert re.search(
-        r"step 12/12 \| loss [\d.]+ \| lr [\d.e-]+ \| norm [\d.]+ \| \d+ ms \| [\d,]+ tok/s", trained.stdout
+    assert trained.stdout.endswith(
+        "12 steps done; sample from the result with: python sample.py --model out/demo/step_000012\n"
     )
+    assert len(losses) == 12 and losses[0] == pytest.approx(math.log(257), rel=0.03) and losses[-1] < losses[0] - 1
+    line = re.search(r"^step 12  loss [\d.]+  lr [\d.e-]+  norm [\d.]+  [\d,]+k? tok/s  0:00:00$", trained.stdout, re.M)
+    assert line and len(line[0]) < 80
 
     done = run("sample.py", "--max-new-tokens", 50, cwd=tmp_path)
     text = done.stdout
-    assert len(text) > 10 and re.fullmatch(r"\d+ tokens in [\d.]+ s, [\d.]+ tokens/s\n", done.stderr)
+    assert len(text) > 10 and re.fullmatch(r"out/demo/step_000012: \d+ tokens, [\d.]+ tokens/s\n", done.stderr)
     monkeypatch.chdir(tmp_path)
 
     def sampled(*options: object) -> str:
@@ -1345,7 +1401,7 @@ def test_demo_from_nothing_to_text(
     assert asked.startswith(sampled("--prompt", "The")) and "\nof which" in asked and "xx" not in asked
     assert "the prompt has 2000 tokens" in refusal(sample.main, capsys, "--prompt", "x" * 2000)
     assert "is not a model" in refusal(sample.main, capsys, "--model", "nothing")
-    assert "--top-p above 0" in refusal(sample.main, capsys, "--top-p", 1.5, status=2)
+    assert "--top-p: must be a number" in refusal(sample.main, capsys, "--top-p", 1.5, status=2)
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     assert "no checkpoint under out/" in refusal(sample.main, capsys)
