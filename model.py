@@ -14,7 +14,7 @@ import json
 import math
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.optim import AdamW
 
 # The architecture
 
@@ -122,7 +123,7 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd, eps=LAYER_NORM_EPS)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, *cached: Any) -> Tensor:  # noqa: ANN401 (see CausalSelfAttention)
+    def forward(self, x: Tensor, *cached: Any) -> Tensor:
         x = x + self.attn(self.ln_1(x), *cached)
         return x + self.mlp(self.ln_2(x))
 
@@ -135,14 +136,8 @@ class LinearCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any,  # noqa: ANN401
-        x: Tensor,  # (N, C)
-        weight: Tensor,  # (V, C), of which the first vocab_size rows count
-        targets: Tensor,  # (N,) int64
-        vocab_size: int,
-        dtype: torch.dtype,  # of the matrix products
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, dtype: torch.dtype) -> Tensor:
+        """(N, C), (V, C) of which the first vocab_size rows count, (N,) int64; products are taken in `dtype`."""
         w, total, count = weight.to(dtype), torch.zeros((), device=x.device), (targets >= 0).sum()
         x_grad, weight_grad = torch.empty_like(x), torch.zeros_like(weight)
         size = rows_at_a_time(x)
@@ -167,7 +162,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         return total / count
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple:  # noqa: ANN401
+    def backward(ctx: Any, grad: Tensor) -> tuple:
         x_grad, weight_grad, count = ctx.saved_tensors
         return x_grad.mul_(grad / count), weight_grad.mul_(grad / count), None, None, None
 
@@ -192,15 +187,12 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         padded_vocab_size = math.ceil(config.vocab_size / 128) * 128
-        self.transformer = nn.ModuleDict(
-            {
-                "wte": nn.Embedding(padded_vocab_size, config.n_embd),
-                "wpe": nn.Embedding(config.block_size, config.n_embd),
-                "drop": nn.Dropout(config.dropout),
-                "h": nn.ModuleList(Block(config) for _ in range(config.n_layer)),
-                "ln_f": nn.LayerNorm(config.n_embd, eps=LAYER_NORM_EPS),
-            }
-        )
+        self.transformer = nn.ModuleDict()
+        self.transformer["wte"] = nn.Embedding(padded_vocab_size, config.n_embd)
+        self.transformer["wpe"] = nn.Embedding(config.block_size, config.n_embd)
+        self.transformer["drop"] = nn.Dropout(config.dropout)
+        self.transformer["h"] = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.transformer["ln_f"] = nn.LayerNorm(config.n_embd, eps=LAYER_NORM_EPS)
         self.apply(self._init_weights)
         with torch.no_grad():
             self.transformer.wte.weight[config.vocab_size :] = 0  # the padding rows get no gradient and stay 0
@@ -260,12 +252,24 @@ class GPT(nn.Module):
         (2, N) float32. Logits are made for these places alone.
         """
         x, results = self.hidden(tokens).flatten(0, 1)[places], []
-        size = rows_at_a_time(x)
+        size, weight = rows_at_a_time(x), self.transformer.wte.weight[: self.config.vocab_size]
+        weight = weight - weight.mean(dim=0)  # which softmax does not notice, and bfloat16 rounds less
         for rows, target in zip(x.split(size), targets.split(size), strict=True):
-            logits = self.logits(rows).float()
+            logits = linear(rows, weight).float()
             losses = F.cross_entropy(logits, target, reduction="none")
             results.append(torch.stack((losses, (logits.argmax(dim=1) == target).float())))
         return torch.cat(results, dim=1)
+
+
+@torch.no_grad()
+def center_logits(model: GPT) -> GPT:
+    """Move the mean token embedding to the position embeddings, before a cast to bfloat16: the sum of both is the same,
+    and the logits of OpenAI's weights, near -100, are then near 0, where they are not rounded to steps of 0.5."""
+    token, position = model.transformer.wte.weight, model.transformer.wpe.weight
+    mean = token[: model.config.vocab_size].mean(dim=0)
+    token[: model.config.vocab_size] -= mean
+    position += mean
+    return model
 
 
 def parameter_count(model: GPT) -> int:
@@ -285,17 +289,12 @@ def flops_per_token(config: GPTConfig) -> float:
     return 6 * weights + 12 * config.n_layer * config.n_embd * config.block_size
 
 
-def configure_optimizer(
-    model: nn.Module, learning_rate: float, weight_decay: float, betas: tuple[float, float]
-) -> torch.optim.AdamW:
-    """AdamW with weight decay on the matrices and none on biases and LayerNorms; fused wherever the device can."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
-    ]
-    fused = all(p.device.type in ("cuda", "cpu", "mps") for p in parameters)
-    return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, eps=1e-8, fused=fused)
+def configure_optimizer(model: GPT, learning_rate: float, weight_decay: float, betas: tuple[float, float]) -> AdamW:
+    """Fused AdamW, with weight decay on the matrices and none on biases and LayerNorms."""
+    matrices = [p for p in model.parameters() if p.dim() >= 2]
+    others = [p for p in model.parameters() if p.dim() < 2]
+    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+    return AdamW(groups, lr=learning_rate, betas=betas, eps=1e-8, fused=True)
 
 
 # Devices
@@ -355,13 +354,7 @@ GPT2_SETTINGS = {
     "n_inner": None,
     "tie_word_embeddings": True,
 }
-CONFIG_NAMES = {  # of GPTConfig's fields in config.json
-    "block_size": "n_positions",
-    "vocab_size": "vocab_size",
-    "n_layer": "n_layer",
-    "n_head": "n_head",
-    "n_embd": "n_embd",
-}
+CONFIG_NAMES = ("n_positions", "vocab_size", "n_layer", "n_head", "n_embd")  # of GPTConfig's fields, in their order
 
 
 def save_model(model: GPT, directory: str | Path, tokenizer: str = "gpt2") -> None:
@@ -380,17 +373,11 @@ def save_model(model: GPT, directory: str | Path, tokenizer: str = "gpt2") -> No
         tensors[name] = tensor.to("cpu", torch.float32).contiguous()
     # transformers reads the metadata's "format" and refuses a file without it.
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
-    sizes = {theirs: getattr(config, name) for name, theirs in CONFIG_NAMES.items()}
+    sizes = dict(zip(CONFIG_NAMES, astuple(config), strict=False))
     dropout = dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), config.dropout)
     ends = dict.fromkeys(("bos_token_id", "eos_token_id"), config.vocab_size - 1)  # <|endoftext|> is the last token
-    described = {
-        "architectures": ["GPT2LMHeadModel"],
-        **GPT2_SETTINGS,
-        **sizes,
-        **dropout,
-        **ends,
-        "tokenizer": tokenizer,
-    }
+    names = {"architectures": ["GPT2LMHeadModel"], "tokenizer": tokenizer}
+    described = GPT2_SETTINGS | sizes | dropout | ends | names
     (directory / "config.json").write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
 
 
@@ -401,7 +388,7 @@ def read_config(directory: str | Path) -> tuple[GPTConfig, str]:
     try:
         described = json.loads(path.read_text(encoding="utf-8"))
         settings = {"model_type": None} | described
-        config = GPTConfig(**{name: described[theirs] for name, theirs in CONFIG_NAMES.items()})
+        config = GPTConfig(*(described[name] for name in CONFIG_NAMES))
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{path} does not describe a GPT-2: {error!r}") from error
     if settings.get("n_inner") == 4 * config.n_embd:
@@ -436,6 +423,8 @@ def load_model(directory: str | Path, dropout: float = 0.0) -> GPT:
             tensor = F.pad(tensor, (0, 0, 0, parameter.size(0) - config.vocab_size))
         if tensor.shape != parameter.shape:
             raise ValueError(f"{path}: {name} is {tuple(tensor.shape)}, not as in config.json")
+        if not tensor.isfinite().all():
+            raise ValueError(f"{path}: {name} holds numbers that are not finite")
         state[name] = tensor.to(torch.float32).contiguous()
     model.load_state_dict(state, assign=True)
     return model.requires_grad_(True).eval()
@@ -477,13 +466,6 @@ def sample_token(
     # argmax(p / Exponential(1)) is a draw from p, and unlike torch.multinomial it never waits for the GPU.
     drawn = (probs / torch.empty_like(probs).exponential_(generator=generator)).argmax(dim=-1, keepdim=True)
     return tokens.gather(-1, drawn).squeeze(-1)
-
-
-def new_cache(model: GPT, B: int) -> KVCache:
-    """Room for the keys and values of a whole context, zeros."""
-    config, weight = model.config, model.transformer.wte.weight
-    shape = (B, config.n_head, config.block_size, config.n_embd // config.n_head)
-    return [(weight.new_zeros(shape), weight.new_zeros(shape)) for _ in range(config.n_layer)]
 
 
 def read_tokens(model: GPT, tokens: Tensor, start: int, cache: KVCache) -> Tensor:
@@ -528,13 +510,14 @@ def generate(
     block_size, T = model.config.block_size, tokens.size(1)
     if not 1 <= T <= block_size:
         raise ValueError(f"a prompt must have 1 to {block_size} tokens (the model's context), not {T}")
-    in_range = 0 <= temperature < math.inf and (top_k is None or top_k >= 1) and (top_p is None or 0 < top_p <= 1)
-    if not in_range:
+    if not (0 <= temperature < math.inf and (top_k is None or top_k >= 1) and (top_p is None or 0 < top_p <= 1)):
         raise ValueError("temperature must be at least 0, top_k at least 1, and top_p above 0 and at most 1")
     on_cuda, was_training = tokens.device.type == "cuda", model.training
     decode = torch.compile(decode_token, mode="reduce-overhead" if on_cuda else None) if compiled else None
     finished = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
-    cache, start = new_cache(model, len(tokens)), 0
+    weight, shape = model.transformer.wte.weight, (len(tokens), model.config.n_head, block_size, -1)
+    empty = weight.new_zeros(len(tokens), block_size, model.config.n_embd).view(shape)
+    cache, start = [(empty.clone(), empty.clone()) for _ in range(model.config.n_layer)], 0
     model.eval()
     try:
         for i in range(1, max_new_tokens + 1):

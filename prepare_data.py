@@ -36,7 +36,7 @@ from functools import cache
 from multiprocessing.connection import Connection
 from pathlib import Path
 from queue import SimpleQueue
-from threading import Event
+from threading import Thread
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -51,30 +51,29 @@ FORMATS = (".txt", ".jsonl", ".jsonl.gz", ".parquet")
 SHARD_MAGIC, SHARD_VERSION, HEADER_BYTES = 20240520, 1, 1024
 DOWNLOAD_ATTEMPTS = 8  # in a row that bring nothing new
 
-# What the user sees
-
 
 def say(text: str) -> None:
-    """A line on standard output, in place of the status. It never ends a run: once nobody reads it, it is dropped."""
+    """A line on standard output, in place of the status. It never ends a run: what the encoding lacks is replaced, and
+    what nobody reads any more is dropped."""
     status("")
     try:
+        sys.stdout.reconfigure(errors="replace")
         print(text, flush=True)
-    except OSError:
+    except (OSError, AttributeError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 def status(text: str) -> None:
     """What is going on now, on a terminal, until the next line or status takes its place."""
     if sys.stderr.isatty() and os.environ.get("RANK", "0") == "0":
-        width = shutil.get_terminal_size().columns - 1
-        print(f"\r{text[:width]}\x1b[K", end="", file=sys.stderr, flush=True)
+        print(f"\r{text[: shutil.get_terminal_size().columns - 1]}\x1b[K", end="", file=sys.stderr, flush=True)
 
 
-def fail(script: str, message: str, code: int = 1) -> None:
-    """End with one line on standard error."""
+def fail(script: str, message: str) -> None:
+    """End with one line on standard error, and exit status 1."""
     status("")
     print(f"{script}: error: {' '.join(message.split())}", file=sys.stderr)
-    sys.exit(code)
+    sys.exit(1)
 
 
 # Files that are written whole, by one process, and checked when they are read
@@ -85,20 +84,14 @@ def locked(directory: Path, wait: bool = False) -> Iterator[None]:
     """Be the only process that writes to a directory, which is made if need be. However a process ends, its lock ends
     with it. Raises BlockingIOError when another has the lock, or waits for that one."""
     directory.mkdir(parents=True, exist_ok=True)
-    with open(directory / ".lock", "a+") as file:
+    with open(directory / ".lock", "a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError as error:
-            file.seek(0)
-            holder = f"process {file.read()} (perhaps a worker that has outlived its torchrun)"
-            raise BlockingIOError(
-                f"{directory} is in use by {holder}; wait for its end, or give other --out"
-            ) from error
+            holder = "another process (perhaps a worker that has outlived its torchrun)"
+            raise BlockingIOError(f"{directory} is in use by {holder}; wait, or give another --out") from error
         except OSError as error:  # a network file system without locks
             print(f"warning: {directory} cannot be locked ({error}); let only one run write to it", file=sys.stderr)
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
         yield
 
 
@@ -205,7 +198,7 @@ def encode(tokenizer: tiktoken.Encoding, text: str) -> list[np.ndarray]:
 # Text into tokens
 
 
-def read_batches(path: Path) -> Iterator[list[str]]:
+def read_batches(path: Path) -> Iterator[list[str | None]]:
     """The documents of a file, always the same ones together: about a MiB of JSON lines, 1,000 rows of Parquet, or a
     .txt, which is one document. Raises ValueError, with the place, for what is damaged or not valid Unicode."""
     name, where = path.name.lower(), ""
@@ -214,14 +207,15 @@ def read_batches(path: Path) -> Iterator[list[str]]:
             import pyarrow.parquet  # imported only where it is needed
 
             file = pyarrow.parquet.ParquetFile(path)
-            if file.schema_arrow.names.count("text") != 1:
-                raise ValueError(f"it must have one column named text, and it has {file.schema_arrow.names}")
+            types = [str(column.type) for column in file.schema_arrow if column.name == "text"]
+            if len(types) != 1 or "string" not in types[0]:
+                raise ValueError(f"it must have one column named text, of strings; it has {file.schema_arrow.names}")
             for batch in file.iter_batches(1000, columns=["text"], use_threads=False):
-                yield check_texts(batch["text"].to_pylist())
+                yield batch["text"].to_pylist()
         elif name.endswith(".txt"):
             if path.stat().st_size > 1 << 30:
                 raise ValueError("a .txt is one document, of at most 1 GiB; make it a .jsonl, a document a line")
-            yield check_texts([path.read_bytes().decode()])
+            yield [path.read_bytes().decode()]
         else:
             first = 1
             with gzip.open(path) if name.endswith(".gz") else open(path, "rb") as file:
@@ -229,29 +223,18 @@ def read_batches(path: Path) -> Iterator[list[str]]:
                     texts = []
                     for number, line in enumerate(lines, start=first):
                         where = f", line {number},"
-                        texts += check_texts([read_object(line, "it")["text"]] if line.strip() else [])
+                        texts.append(read_object(line, "it")["text"] if line.strip() else "")
+                        (texts[-1] or "").encode()  # JSON can spell half a character
                     first += len(lines)
                     yield texts
-    except KeyError as error:
-        raise ValueError(f"{path}{where} cannot be read: it has no {error}") from error
-    except Exception as error:  # of the file system, zlib, pyarrow, ...
+    except Exception as error:  # of the file system, zlib, JSON, pyarrow, ...
         raise ValueError(f"{path}{where} cannot be read: {error}") from error
 
 
-def check_texts(texts: list[Any]) -> list[str]:
-    """Those that are neither null nor empty. Raises TypeError for what is not text, UnicodeError for half a character,
-    which JSON can spell."""
-    texts = [text for text in texts if text is not None and text != ""]
-    if not all(isinstance(text, str) for text in texts):
-        raise TypeError("a text is not a string")
-    "".join(texts).encode()
-    return texts
-
-
 def tokenize(texts: list[str], tokenizer_name: str) -> np.ndarray:
-    """The tokens of documents, (n,) uint16, each document behind an <|endoftext|>."""
+    """The tokens of documents, (n,) uint16, each that is neither empty nor None behind an <|endoftext|>."""
     tokenizer, pieces = get_tokenizer(tokenizer_name), []
-    for text in texts:
+    for text in filter(None, texts):
         pieces += [np.array([tokenizer.eot_token], dtype=np.uint32), *encode(tokenizer, text)]
     return np.concatenate(pieces or [[]], dtype=np.uint16, casting="unsafe")
 
@@ -316,12 +299,12 @@ def tokenize_in_order(
 def read_header(path: Path) -> int:
     """The number of tokens in a shard. Raises ValueError if it is not a whole one."""
     with open(path, "rb") as file:
-        header = np.frombuffer(file.read(HEADER_BYTES).ljust(HEADER_BYTES, b"\0"), dtype="<i4")
-    if header[0] != SHARD_MAGIC or header[1] != SHARD_VERSION:
+        magic, version, tokens = np.frombuffer(file.read(12).ljust(12, b"\0"), dtype="<i4").tolist()
+    if (magic, version) != (SHARD_MAGIC, SHARD_VERSION):
         raise ValueError(f"{path} is not a token shard (its header is not that of llm.c's version {SHARD_VERSION})")
-    tokens, size = int(header[2]), path.stat().st_size
-    if tokens < 1 or size != HEADER_BYTES + 2 * tokens:
-        raise ValueError(f"{path} is damaged: it has {size} bytes and should have {HEADER_BYTES + 2 * tokens}")
+    size, expected = path.stat().st_size, HEADER_BYTES + 2 * tokens
+    if tokens < 1 or size != expected:
+        raise ValueError(f"{path} is damaged: it has {size} bytes and should have {expected}")
     return tokens
 
 
@@ -427,10 +410,9 @@ def reason(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}"
 
 
-def wait_or_raise(error: requests.RequestException, name: str, failures: int, most: int, stop: Event) -> None:
+def wait_or_raise(error: requests.RequestException, name: str, failures: int, most: int) -> None:
     """After a failed request, with so many in a row that brought nothing new: wait as long as the server asks, else
-    half a second, one, two, ..., at most a minute. Raises OSError when another try is pointless or was one too many,
-    and InterruptedError when `stop` is set meanwhile."""
+    half a second, one, two, ..., at most a minute. Raises OSError when another try is pointless or was one too many."""
     code = 0 if error.response is None else error.response.status_code
     problem = f"the server answers {code}" if code else reason(error)
     if code in (401, 403):
@@ -439,8 +421,7 @@ def wait_or_raise(error: requests.RequestException, name: str, failures: int, mo
         raise OSError(f"{name} could not be fetched: {problem}; the same command continues the download")
     print(f"{name}: {problem}; trying again", file=sys.stderr)
     after = error.response.headers.get("Retry-After", "") if code else ""
-    if stop.wait(min(60.0, float(after) if after.isdecimal() else 0.5 * 2**failures)):
-        raise InterruptedError(f"{name} is not needed any more")
+    time.sleep(min(60.0, float(after) if after.isdecimal() else 0.5 * 2**failures))
 
 
 def list_hub(repository: str, folder: str = "") -> list[RawFile]:
@@ -465,15 +446,15 @@ def list_hub(repository: str, folder: str = "") -> list[RawFile]:
             raise OSError(f"the {name} is not as the hub's are: {error!r}") from error
         except requests.RequestException as error:  # with few tries: whoever has no network should hear of it soon
             failures += 1
-            wait_or_raise(error, name, failures, 3, Event())
+            wait_or_raise(error, name, failures, 3)
     return sorted(files)
 
 
-def download(file: RawFile, path: Path, stop: Event) -> Path:
+def download(file: RawFile, path: Path) -> Path:
     """
     Fetch a file to `path`, continuing what an earlier try left in `path`.part; it gets its name when its size and
-    sha256 are right. What goes wrong on the way is tried again as long as new bytes come, a wrong sha256 once. Raises
-    OSError when it cannot be had, and soon after `stop` is set. A local file stays where it is.
+    sha256 are right. What goes wrong on the way is tried again as long as new bytes come, a wrong sha256 once. A local
+    file stays where it is. Raises OSError when it cannot be had.
     """
     if not file.url:
         return Path(file.name)
@@ -495,8 +476,6 @@ def download(file: RawFile, path: Path, stop: Event) -> Path:
                         for chunk in response.iter_content(1 << 15):
                             have += out.write(chunk[: file.size - have])
                             status(f"fetching {path.name}: {have / 1e6:,.0f} of {file.size / 1e6:,.0f} MB")
-                            if stop.is_set():
-                                raise InterruptedError(f"{file.name} is not needed any more")
                             if have == file.size:
                                 break
                 if have < file.size:
@@ -505,7 +484,7 @@ def download(file: RawFile, path: Path, stop: Event) -> Path:
                 if error.response is not None and error.response.status_code == 416:
                     part.unlink(missing_ok=True)  # it is no part of what the server has
                 failures = 0 if have > most else failures + 1
-                wait_or_raise(error, file.name, failures, DOWNLOAD_ATTEMPTS, stop)
+                wait_or_raise(error, file.name, failures, DOWNLOAD_ATTEMPTS)
         if part.stat().st_size == file.size and file.sha256 in ("", sha256_of(part)):
             part.replace(path)
             return path
@@ -513,22 +492,28 @@ def download(file: RawFile, path: Path, stop: Event) -> Path:
     raise OSError(f"{file.name} was fetched twice, and both times its size or sha256 was not what {file.url} promises")
 
 
+def in_thread(function: Callable, *args: Any) -> Future:
+    """A call in a thread of its own, which does not keep the process from ending."""
+    future: Future = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(function(*args))
+        except Exception as error:
+            future.set_exception(error)
+
+    Thread(target=run, daemon=True).start()
+    return future
+
+
 def fetch_in_order(files: list[RawFile], first: int, raw: Path) -> Iterator[tuple[int, Path]]:
     """The index and local path of each file from `first` on. While one is in use, the next is fetched to `raw`."""
-    stop, pool = Event(), ThreadPoolExecutor(1)
-
-    def start(index: int) -> Future | None:
-        if index < len(files):
-            return pool.submit(download, files[index], raw / Path(files[index].name).name, stop)
-
-    try:
-        ahead = start(first)
-        for index in range(first, len(files)):
-            path, ahead = ahead.result(), start(index + 1)
-            yield index, path
-    finally:
-        stop.set()
-        pool.shutdown(wait=False, cancel_futures=True)
+    ahead = None
+    for index in range(first, len(files)):
+        path = (ahead or in_thread(download, files[index], raw / Path(files[index].name).name)).result()
+        if index + 1 < len(files):
+            ahead = in_thread(download, files[index + 1], raw / Path(files[index + 1].name).name)
+        yield index, path
 
 
 def model_directory(name_or_dir: str | Path) -> Path:
@@ -545,7 +530,7 @@ def model_directory(name_or_dir: str | Path) -> Path:
         with locked(directory, wait=True):
             for file in list_hub(f"models/openai-community/{name_or_dir}"):
                 if file.name in files:
-                    download(file, directory / file.name, Event())
+                    download(file, directory / file.name)
     return directory
 
 
@@ -711,9 +696,9 @@ def prepare(settings: dict, files: list[RawFile], out: Path, workers: int) -> di
 
 
 def number(kind: Callable[[str], Any], least: float, most: float) -> Callable[[str], Any]:
-    """A parser of command-line values that lie in a range."""
+    """A parser of command-line values in a range; `kind` int, float, or `tokens`."""
 
-    def parse(text: str) -> Any:  # noqa: ANN401
+    def parse(text: str) -> Any:
         with suppress(ValueError, OverflowError):
             if least <= (value := kind(text)) <= most:
                 return value
@@ -733,7 +718,7 @@ def prepare_source(source: str | None, args: argparse.Namespace) -> None:
     out = Path(args.out or f"data/{source or Path(args.input[0]).name.split('.')[0] or 'text'}")
     with locked(out):
         if source in EVALUATION_SETS:
-            say(f"{source}: {download(FILES[source], out / FILES[source].name, Event())}")
+            say(f"{source}: {download(FILES[source], out / FILES[source].name)}")
             return write_checksums(out)
         files = [local_file(Path(path)) for path in args.input or []]
         if source == "demo":
@@ -794,7 +779,7 @@ def main(argv: list[str] | None = None) -> None:
             prepare_source(source, args)
     except KeyboardInterrupt:
         print("\nprepare_data.py: interrupted; the same command continues after the last whole shard", file=sys.stderr)
-        os._exit(130)  # without waiting for a download
+        sys.exit(130)
     except (ValueError, OSError) as error:
         full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         advice = "the disk is full; make room, and the same command continues after the last whole shard"

@@ -20,7 +20,7 @@ from pathlib import Path
 import tiktoken
 import torch
 
-from model import DEVICES, DTYPES, choose_device, choose_dtype, generate, load_model, read_config
+from model import DEVICES, DTYPES, center_logits, choose_device, choose_dtype, generate, load_model, read_config
 from prepare_data import check_checksums, fail, get_tokenizer, model_directory, number
 
 
@@ -31,7 +31,7 @@ def newest_checkpoint(out: Path) -> Path:
     found = [path for path in found if path.name[5:].isdecimal()]  # not one that is still being written
     if not found:
         raise FileNotFoundError(f"there is no checkpoint under {out}/; train one with train.py, or give --model gpt2")
-    run = max(found, key=lambda path: (path.parent / "metrics.jsonl").stat().st_mtime).parent
+    run = max((path.parent for path in found), key=lambda path: path.stat().st_mtime)
     return max((path for path in found if path.parent == run), key=lambda path: int(path.name[5:]))
 
 
@@ -64,7 +64,7 @@ def sample(args: argparse.Namespace) -> None:
     if (directory / "SHA256SUMS").exists():
         check_checksums(directory, ["config.json", "model.safetensors"])
     tokenizer = get_tokenizer(read_config(directory)[1])
-    model = load_model(directory).to(device, choose_dtype(args.dtype, device))
+    model = center_logits(load_model(directory)).to(device, choose_dtype(args.dtype, device))
     generator = torch.Generator(device).manual_seed(args.seed)
     for prompt in read_prompts(args):
         tokens = tokenizer.encode(prompt, allowed_special="all") or [tokenizer.eot_token]  # with none, a new document
@@ -74,17 +74,9 @@ def sample(args: argparse.Namespace) -> None:
                 raise ValueError(problem)
             print(problem, file=sys.stderr)
             continue
-        steps = generate(
-            model,
-            torch.tensor([tokens] * args.num_samples, device=device),
-            args.max_new_tokens,
-            args.temperature,
-            args.top_k or None,
-            args.top_p,
-            generator,
-            stop_token=tokenizer.eot_token,
-            compiled=args.compile,
-        )
+        prompts = torch.tensor([tokens] * args.num_samples, device=device)
+        how = (args.temperature, args.top_k or None, args.top_p, generator, tokenizer.eot_token, args.compile)
+        steps = generate(model, prompts, args.max_new_tokens, *how)
         # The first sample is printed while it is generated; the others, each behind a rule, when it is done.
         decoders, texts, times = [Decoder(tokenizer) for _ in range(args.num_samples)], [""] * args.num_samples, []
         print(prompt, end="", flush=True)
@@ -105,35 +97,30 @@ def sample(args: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, description="Generate text with a trained GPT-2.")
-    many = number(int, 1, 2**20)
-    parser.add_argument("--model", help="a checkpoint, or gpt2, gpt2-medium, ... (default: the newest under out/)")
-    parser.add_argument("--prompt", default="", help="text to continue; - reads standard input (default: none)")
-    parser.add_argument("--interactive", action="store_true", help="ask for prompts, a line each, until end of input")
-    parser.add_argument("--num-samples", type=number(int, 1, 4096), default=1, help="(default: 1)")
-    parser.add_argument("--max-new-tokens", type=many, default=500, help="per sample (default: 500)")
-    parser.add_argument(
-        "--temperature", type=number(float, 0, 1e6), default=0.8, help="0 takes the most likely token (default: 0.8)"
-    )
-    parser.add_argument(
+    add, count = parser.add_argument, number(int, 1, 10**6)
+    add("--model", help="a checkpoint, or gpt2, gpt2-medium, ... (default: the newest under out/)")
+    add("--prompt", default="", help="text to continue; - reads standard input (default: none)")
+    add("--interactive", action="store_true", help="ask for prompts, a line each, until end of input")
+    add("--num-samples", type=number(int, 1, 4096), default=1, help="(default: 1)")
+    add("--max-new-tokens", type=count, default=500, help="per sample (default: 500)")
+    add("--temperature", type=number(float, 0, 10**6), default=0.8, help="0: the most likely token (default: 0.8)")
+    add(
         "--top-k",
-        type=number(int, 0, 2**31),
+        type=number(int, 0, 10**6),
         default=50,
         help="draw from the k most likely tokens; 0: all (default: 50)",
     )
-    parser.add_argument(
-        "--top-p",
-        type=number(float, 1e-6, 1),
-        default=1.0,
-        help="draw from the smallest set of tokens with total probability p (default: 1)",
-    )
-    parser.add_argument(
+    add("--top-p", type=number(float, 1e-6, 1), default=1.0, help="smallest set of tokens with total probability p")
+    add(
         "--seed", type=number(int, 0, 2**63 - 1), default=1337, help="the same seed gives the same text (default: 1337)"
     )
-    parser.add_argument("--device", default="auto", choices=DEVICES, help="(default: auto)")
-    parser.add_argument("--dtype", default="auto", choices=DTYPES, help="(default: auto)")
-    parser.add_argument("--compile", action="store_true", help="compile decoding; pays for long texts")
+    add("--device", default="auto", choices=DEVICES, help="(default: auto)")
+    add("--dtype", default="auto", choices=DTYPES, help="(default: auto)")
+    add("--compile", action="store_true", help="compile decoding; pays for long texts")
     args = parser.parse_args(argv)
     try:
+        sys.stdout.reconfigure(errors="replace")
+        torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for every length
         sample(args)
     except KeyboardInterrupt:
         print(file=sys.stderr)

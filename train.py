@@ -21,7 +21,6 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import lru_cache, partial
@@ -45,7 +44,7 @@ from prepare_data import Split, read_sequences, say, status
 # The configuration
 
 
-def option(default: Any, help: str, least: float = 0, most: float = 2**31 - 1, fixed: bool = False) -> Any:  # noqa: ANN401
+def option(default: Any, help: str, least: float = 0, most: float = 2**31 - 1, fixed: bool = False) -> Any:
     """A field of TrainConfig, with the range of its values; `fixed` if it decides the result, and so cannot change when
     a run is resumed."""
     return field(default=default, metadata={"help": help, "range": (least, most), "fixed": fixed})
@@ -58,9 +57,7 @@ class TrainConfig:
     data: str = option("data/fineweb-edu", "directory with the token shards")
     model: str = option("gpt2", "size of a new model: " + ", ".join(MODEL_SIZES), fixed=True)
     out: str = option("out", "directory for metrics and checkpoints")
-    resume: bool = option(
-        False, "continue from the newest checkpoint in --out, with its settings; begin if there is none"
-    )
+    resume: bool = option(False, "continue from the newest checkpoint in --out, if there is one, with its settings")
     init_from: str = option("", "start from these weights: a checkpoint, or gpt2, gpt2-medium, ...")
     eval_only: bool = option(False, "evaluate --init-from, or the newest checkpoint in --out, and stop")
     seed: int = option(1337, "random seed for initialization, data order and dropout", fixed=True)
@@ -112,9 +109,7 @@ FLOAT16_SKIPS = 20  # updates in a row that float16's scaler may skip, while it 
 
 def parse_args(parser: argparse.ArgumentParser, argv: list[str] | None) -> tuple[TrainConfig, dict[str, Any]]:
     """The command line, with an option for each field of TrainConfig, and those that were given."""
-    parser.add_argument(
-        "--preset", default="gpt2", choices=PRESETS, help="which defaults to start from (default: gpt2)"
-    )
+    parser.add_argument("--preset", default="gpt2", choices=PRESETS, help="where to start from (default: gpt2)")
     for item in fields(TrainConfig):
         text, kind = item.metadata["help"], {}
         if item.type is bool:
@@ -178,6 +173,7 @@ def start_job(device: str) -> Job:
             raise ValueError(f"{local_rank + 1} processes were started for {torch.cuda.device_count()} GPUs")
         chosen = torch.device("cuda", local_rank)
         torch.cuda.set_device(chosen)
+        torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for every shape, of which tasks have hundreds
     if world_size > 0:  # torchrun says so, for a single process too
         store, _, _ = next(dist.rendezvous("env://"))
         if world_size == int(os.environ.get("LOCAL_WORLD_SIZE", "0")):
@@ -198,7 +194,7 @@ def sum_over_ranks(value: Tensor) -> Tensor:
     return value.cpu()
 
 
-def gather_objects(value: Any) -> list:  # noqa: ANN401 (any object)
+def gather_objects(value: Any) -> list:
     """What each rank has, in the order of the ranks."""
     values = [value] * (dist.get_world_size() if dist.is_initialized() else 1)
     if dist.is_initialized():
@@ -218,14 +214,12 @@ def noted_signals() -> Iterator[list[int]]:
         if times[-1] > times[0] + 1:
             os._exit(128 + signum)
         if len(noted) == 1 and os.environ.get("RANK", "0") == "0":  # by os.write: a print may be under way
-            os.write(2, b"\nfinishing this update, then writing a checkpoint; once more: stop at once, without one\n")
+            os.write(2, b"\\nfinishing this update, then writing a checkpoint; once more: stop at once, without one\\n")
 
-    before = {signum: signal.signal(signum, note) for signum in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield noted
-    finally:
-        for signum, handler in before.items():
-            signal.signal(signum, handler)
+    handlers = [signal.signal(signum, note) for signum in (signal.SIGTERM, signal.SIGINT)]
+    yield noted
+    signal.signal(signal.SIGTERM, handlers[0])
+    signal.signal(signal.SIGINT, handlers[1])
 
 
 # The data and its order
@@ -365,25 +359,21 @@ def open_log(path: Path, step: int) -> TextIO:
 def describe(entry: dict, seconds_left: float = 0, published: dict[str, float] | None = None) -> str:
     """An entry of the log for the terminal, within 80 columns: an update on one line; an evaluation as a table, with
     what is published of a model of this shape beside it."""
-    if "train_loss" not in entry:
-        lines = [f"step {entry['step']}  evaluation" if "step" in entry else f"evaluation of {entry['evaluated']}"]
-        for name in [name for name in entry if f"{name}_se" in entry or name.startswith(("val_", "lambada_"))]:
-            if isinstance(entry[name], float) and not name.endswith("_se"):
-                error = f" ± {entry[f'{name}_se']:.4f}" if entry.get(f"{name}_se") else ""
-                beside = f"   published: {published[name]}" if name in (published or {}) else ""
-                lines.append(f"  {name:20} {entry[name]:10.4f}{error}{beside}")
-        return "\n".join(lines)
-    rate, left = entry["tokens_per_second"], int(seconds_left)
-    parts = [
-        f"step {entry['step']}",
-        f"loss {entry['train_loss']:.4f}",
-        f"lr {entry['lr']:.1e}",
-        f"norm {entry['grad_norm']:.2f}",
-        f"{rate / 1000:,.0f}k tok/s" if rate >= 1e5 else f"{rate:,.0f} tok/s",
-        *([f"mfu {entry['mfu']:.0%}"] if "mfu" in entry else []),
-        f"{left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}",
-    ]
-    return "  ".join(parts)
+    if "train_loss" in entry:
+        rate, left = entry["tokens_per_second"], int(seconds_left)
+        speed = f"{rate / 1000:,.0f}k tok/s" if rate >= 1e5 else f"{rate:,.0f} tok/s"
+        speed += f"  mfu {entry['mfu']:.0%}" if "mfu" in entry else ""
+        update = (
+            f"step {entry['step']}  loss {entry['train_loss']:.4f}  lr {entry['lr']:.1e}  norm {entry['grad_norm']:.2f}"
+        )
+        return f"{update}  {speed}  {left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}"
+    lines = [f"step {entry['step']}  evaluation" if "step" in entry else f"evaluation of {entry['evaluated']}"]
+    for name, value in entry.items():
+        if isinstance(value, float) and not name.endswith("_se"):
+            error = f" ± {entry[f'{name}_se']:.4f}" if entry.get(f"{name}_se") else ""
+            beside = f"   published: {published[name]}" if name in (published or {}) else ""
+            lines.append(f"  {name:20} {value:10.4f}{error}{beside}")
+    return "\\n".join(lines)
 
 
 def sample_text(model: GPT, tokenizer_name: str, seed: int, device: torch.device) -> str:
@@ -399,16 +389,14 @@ def sample_text(model: GPT, tokenizer_name: str, seed: int, device: torch.device
 
 # Of OpenAI's weights, by the notebooks of build-nanogpt (play.ipynb) and llm.c (vislog.ipynb), which do not name their
 # precision; build-nanogpt's hellaswag.py says 0.2955 and 0.4893. The losses are on those projects' validation shards.
-PUBLISHED_HELLASWAG = {"gpt2": 0.2945, "gpt2-medium": 0.3752, "gpt2-large": 0.4320, "gpt2-xl": 0.4889}
-PUBLISHED_LOSS = {("gpt2", "fineweb-edu"): 3.2924, ("gpt2", "fineweb"): 3.4250}
-
-
-def published_figures(model: GPT, corpus: str) -> dict[str, float]:
-    """What is published of OpenAI's model of this shape, by metric; nothing for another shape."""
-    shape = replace(model.config, dropout=0.0)
-    size = next((size for size in PUBLISHED_HELLASWAG if MODEL_SIZES[size] == shape), None)
-    figures = {"hellaswag_acc_norm": PUBLISHED_HELLASWAG.get(size), "val_loss": PUBLISHED_LOSS.get((size, corpus))}
-    return {metric: figure for metric, figure in figures.items() if figure is not None}
+PUBLISHED = {
+    ("hellaswag_acc_norm", "gpt2"): 0.2945,
+    ("hellaswag_acc_norm", "gpt2-medium"): 0.3752,
+    ("hellaswag_acc_norm", "gpt2-large"): 0.4320,
+    ("hellaswag_acc_norm", "gpt2-xl"): 0.4889,
+    ("val_loss", "gpt2", "fineweb-edu"): 3.2924,
+    ("val_loss", "gpt2", "fineweb"): 3.4250,
+}
 
 
 class EvalSet(NamedTuple):
@@ -635,10 +623,15 @@ def train(config: TrainConfig, given: dict[str, Any] | None = None) -> int:
     if config.eval_only:
         entry = {"evaluated": str(source)} | measure()
         if main_process:
-            whole = not (out / "metrics.jsonl").exists() or (out / "metrics.jsonl").read_bytes().endswith(b"\n")
-            with open(out / "metrics.jsonl", "a") as log:  # a line that a crash cut short is left alone
-                log.write("\n" * (not whole) + json.dumps(entry) + "\n")
-            say(describe(entry, published=published_figures(model, str(meta.get("source")))))
+            log = out / "metrics.jsonl"  # of a run that is going on, perhaps; a line that was cut short stays alone
+            cut = log.exists() and not log.read_bytes().endswith(b"\n")
+            with open(log, "a", encoding="utf-8") as file:
+                file.write("\n" * cut + json.dumps(entry) + "\n")
+            sizes = [size for size, shape in MODEL_SIZES.items() if shape == replace(model.config, dropout=0.0)]
+            known = {
+                key[0]: figure for key, figure in PUBLISHED.items() if {*key[1:]} <= {*sizes, str(meta.get("source"))}
+            }
+            say(describe(entry, published=known))
         return 0
 
     # The optimizer, and what a checkpoint says of it
@@ -691,10 +684,8 @@ def train(config: TrainConfig, given: dict[str, Any] | None = None) -> int:
     if main_process:
         tokens, passes = sum(split.tokens), config.total_batch_tokens // (T * config.micro_batch_size * job.world_size)
         epochs = config.steps * config.total_batch_tokens / tokens
-        size = f"{gpt.parameter_count(model):,} parameters, {tokens:,} tokens"
-        say(
-            f"{size}, {epochs:.3g} epochs in {config.steps:,} updates of {passes} x {config.micro_batch_size} sequences"
-        )
+        say(f"{gpt.parameter_count(model):,} parameters, {tokens:,} tokens, {epochs:.3g} epochs")
+        say(f"{config.steps:,} updates of {passes} x {job.world_size} micro-batches of {config.micro_batch_size}")
         how = f"{job.world_size} x {device.type}, {str(dtype)[6:]}{', compiled' * compiles}"
         say(f"{how}; {'resuming' if resuming else 'starting'} from {source or 'scratch'}")
     if evaluates and step == 0:
@@ -702,12 +693,12 @@ def train(config: TrainConfig, given: dict[str, Any] | None = None) -> int:
 
     # The loop: each update trains on total_batch_tokens, of which this rank has its share, in micro-batches
     saved, logged, bad_norms, stop, unread, since = step, step, 0, 0, [], time.perf_counter()
-    with ThreadPoolExecutor(1) as loader, noted_signals() as signals:
-        ahead = loader.submit(load_batch, split, config, step + 1, job)
+    with noted_signals() as signals:
+        ahead = files.in_thread(load_batch, split, config, step + 1, job)
         while step < config.steps and not stop:
             step += 1
             batch = ahead.result().to(device, non_blocking=True)
-            ahead = loader.submit(load_batch, split, config, step + 1, job)
+            ahead = files.in_thread(load_batch, split, config, step + 1, job)
             lr = learning_rate(step, config)
             for group in optimizer.param_groups:
                 group["lr"] = lr
@@ -777,9 +768,8 @@ def train(config: TrainConfig, given: dict[str, Any] | None = None) -> int:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        usage=argparse.SUPPRESS, allow_abbrev=False, description="Train a GPT-2. With no options: 124M on FineWeb-Edu."
-    )
+    about = "Train a GPT-2. With no options: 124M on FineWeb-Edu."
+    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, allow_abbrev=False, description=about)
     config, given = parse_args(parser, argv)
     try:
         if not config.resume:
