@@ -72,8 +72,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     rows = x.numel() // x.size(-1)
     if torch.is_grad_enabled() or rows > 8 or x.device.type != "cpu" or x.dtype != torch.float32:
         return F.linear(x, weight, bias)
-    columns = x.reshape(rows, -1).t()  # (in, rows)
-    columns = columns.expand(-1, 2) if rows == 1 else columns
+    x_rows = x.reshape(rows, -1)
+    columns = (x_rows if rows > 1 else torch.cat((x_rows, x_rows))).t()  # (in, rows), or (in, 2)
     y = weight @ columns if bias is None else torch.addmm(bias[:, None], weight, columns)  # (out, columns)
     return y[:, :rows].t().contiguous().view(*x.shape[:-1], -1)
 
@@ -132,7 +132,7 @@ class LinearCrossEntropy(torch.autograd.Function):
     """
     The mean cross-entropy of the logits x W^T over the targets that are not -1, a float32 scalar. The logits, which for
     a micro-batch would be the largest thing in memory, exist for a few rows at a time: their gradient is taken in the
-    forward pass and used at once.
+    forward pass and used at once. (Products are written to given memory since new memory costs a CPU time.)
     """
 
     @staticmethod
@@ -141,11 +141,12 @@ class LinearCrossEntropy(torch.autograd.Function):
         w, total, count = weight.to(dtype), torch.zeros((), device=x.device), (targets >= 0).sum()
         x_grad, weight_grad = torch.empty_like(x), torch.zeros_like(weight)
         size = rows_at_a_time(x)
+        buffer = torch.empty(min(size, len(x)), len(w), dtype=dtype, device=x.device)
         for start in range(0, len(x), size):
             rows = slice(start, start + size)
             target, scored = targets[rows, None].clamp(min=0), targets[rows, None] >= 0
             x_rows = x[rows].to(dtype) * scored
-            logits = (x_rows @ w.t()).float()
+            logits = torch.mm(x_rows, w.t(), out=buffer[: len(x_rows)]).float()
             logits[:, vocab_size:] = -math.inf
             picked, top = logits.gather(1, target), logits.amax(dim=1, keepdim=True)
             probs = torch.softmax(logits, dim=1, out=logits)
@@ -155,7 +156,7 @@ class LinearCrossEntropy(torch.autograd.Function):
             grad = probs.to(dtype).scatter_(1, target, ((picked - log_sum).exp() - 1).to(dtype))
             x_grad[rows] = (grad @ w) * scored
             if dtype == weight.dtype:
-                torch.addmm(weight_grad, grad.t(), x_rows, out=weight_grad)  # on a CPU, new memory costs time
+                torch.addmm(weight_grad, grad.t(), x_rows, out=weight_grad)
             else:
                 weight_grad += grad.t() @ x_rows
         ctx.save_for_backward(x_grad, weight_grad, count)
@@ -243,7 +244,10 @@ class GPT(nn.Module):
             return self.logits(x)
         kind, weight = x.device.type, self.transformer.wte.weight
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-        return LinearCrossEntropy.apply(x.flatten(0, 1), weight, targets.flatten(), self.config.vocab_size, dtype)
+        loss = LinearCrossEntropy.apply
+        if torch.compiler.is_compiling() and kind == "cpu":  # whose compiled code is slower here
+            loss = torch.compiler.disable(loss)
+        return loss(x.flatten(0, 1), weight, targets.flatten(), self.config.vocab_size, dtype)
 
     def score(self, tokens: Tensor, places: Tensor, targets: Tensor) -> Tensor:
         """
@@ -515,9 +519,10 @@ def generate(
     on_cuda, was_training = tokens.device.type == "cuda", model.training
     decode = torch.compile(decode_token, mode="reduce-overhead" if on_cuda else None) if compiled else None
     finished = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
-    weight, shape = model.transformer.wte.weight, (len(tokens), model.config.n_head, block_size, -1)
-    empty = weight.new_zeros(len(tokens), block_size, model.config.n_embd).view(shape)
-    cache, start = [(empty.clone(), empty.clone()) for _ in range(model.config.n_layer)], 0
+    config, weight = model.config, model.transformer.wte.weight
+    shape = (len(tokens), config.n_head, block_size, config.n_embd // config.n_head)
+    allocate = weight.new_zeros if compiled else weight.new_empty  # what is masked must be finite
+    cache, start = [(allocate(shape), allocate(shape)) for _ in range(config.n_layer)], 0
     model.eval()
     try:
         for i in range(1, max_new_tokens + 1):
