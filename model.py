@@ -10,6 +10,7 @@ for GPT-2, `model.safetensors` and `config.json`; `transformers.GPT2LMHeadModel.
 `load_model` opens theirs.
 """
 
+import itertools
 import json
 import math
 import re
@@ -132,7 +133,7 @@ class LinearCrossEntropy(torch.autograd.Function):
     """
     The mean cross-entropy of the logits x W^T over the targets that are not -1, a float32 scalar. The logits, which for
     a micro-batch would be the largest thing in memory, exist for a few rows at a time: their gradient is taken in the
-    forward pass and used at once. (Products are written to given memory since new memory costs a CPU time.)
+    forward pass and used at once. (Buffers are reused: on a CPU, new memory is slow.)
     """
 
     @staticmethod
@@ -152,7 +153,7 @@ class LinearCrossEntropy(torch.autograd.Function):
             probs = torch.softmax(logits, dim=1, out=logits)
             log_sum = top - probs.amax(dim=1, keepdim=True).log()  # of the exponentials of the logits
             total += ((log_sum - picked) * scored).sum()
-            # The gradient is the softmax minus one at the target. Compiled, no float32 copy of the logits is kept.
+            # The gradient: the softmax, minus one at the target. When compiled, no float32 logits are stored.
             grad = probs.to(dtype).scatter_(1, target, ((picked - log_sum).exp() - 1).to(dtype))
             x_grad[rows] = (grad @ w) * scored
             if dtype == weight.dtype:
@@ -169,8 +170,8 @@ class LinearCrossEntropy(torch.autograd.Function):
 
 
 def rows_at_a_time(x: Tensor) -> int:
-    """How many rows of logits to make at once: many for a GPU's speed, few for a CPU, so that their memory is used
-    again; compiled code writes the loop out, and gets at most 16 parts."""
+    """Rows of logits per pass: many on a GPU for speed, few on a CPU so that their memory is used again; compiled code,
+    which unrolls the loop, gets at most 16 parts."""
     size = 8192 if x.device.type == "cuda" else 256
     return max(size, math.ceil(len(x) / 16)) if torch.compiler.is_compiling() else size
 
@@ -257,7 +258,7 @@ class GPT(nn.Module):
         """
         x, results = self.hidden(tokens).flatten(0, 1)[places], []
         size, weight = rows_at_a_time(x), self.transformer.wte.weight[: self.config.vocab_size]
-        weight = weight - weight.mean(dim=0)  # which softmax does not notice, and bfloat16 rounds less
+        weight = weight - weight.mean(dim=0)  # softmax ignores a shift, and bfloat16 rounds smaller logits less
         for rows, target in zip(x.split(size), targets.split(size), strict=True):
             logits = linear(rows, weight).float()
             losses = F.cross_entropy(logits, target, reduction="none")
@@ -308,7 +309,7 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 def choose_device(name: str) -> torch.device:
-    """One of DEVICES; "auto" is the first of them that is there. Raises ValueError for one that is not."""
+    """One of DEVICES; "auto" is the first one available. Raises ValueError for one that is missing."""
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     kind = next(kind for kind, there in available.items() if there) if name == "auto" else name
     if not available[kind]:
@@ -507,9 +508,9 @@ def generate(
 
     The keys and values of all that was read are kept in a preallocated cache, so that a token costs one pass over the
     weights. When the context is full, the last half of it becomes the new context. A row that has drawn `stop_token`
-    continues with `stop_token`; when all rows have, the generation ends (on CUDA, where asking means waiting, within 16
-    tokens). `generator` (on the model's device) makes the draws reproducible. `compiled` compiles the pass that decodes
-    a token. Raises ValueError for an empty prompt, one longer than the context, or a setting out of range.
+    continues with `stop_token`; when all rows have, the generation ends. `generator` (on the model's device) makes the
+    draws reproducible. `compiled` compiles the pass that decodes a token. Raises ValueError for an empty prompt, one
+    longer than the context, or a setting out of range.
     """
     block_size, T = model.config.block_size, tokens.size(1)
     if not 1 <= T <= block_size:
@@ -521,13 +522,16 @@ def generate(
     finished = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
     config, weight = model.config, model.transformer.wte.weight
     shape = (len(tokens), config.n_head, block_size, config.n_embd // config.n_head)
-    allocate = weight.new_zeros if compiled else weight.new_empty  # what is masked must be finite
+    allocate = weight.new_zeros if compiled else weight.new_empty  # masked positions must still hold finite numbers
     cache, start = [(allocate(shape), allocate(shape)) for _ in range(config.n_layer)], 0
+    for stored in itertools.chain(*cache) if compiled else ():  # which CUDA graphs may then write to
+        torch._dynamo.mark_static_address(stored)
     model.eval()
     try:
-        for i in range(1, max_new_tokens + 1):
+        for _ in range(max_new_tokens):
             if decode and start > 0:
-                logits = decode(model, tokens[:, start], torch.tensor([start], device=tokens.device), cache)
+                position = torch.tensor([start], device=tokens.device)
+                logits = decode(model, tokens[:, -1].contiguous(), position, cache)
             else:
                 logits = read_tokens(model, tokens, start, cache)
             token = sample_token(logits, temperature, top_k, top_p, generator)
@@ -535,7 +539,7 @@ def generate(
                 token = token.masked_fill(finished, stop_token)
                 finished |= token == stop_token
             yield token
-            if stop_token is not None and i % (16 if on_cuda else 1) == 0 and finished.all():
+            if stop_token is not None and finished.all():
                 return
             start, tokens = tokens.size(1), torch.cat((tokens, token[:, None]), dim=1)
             if start == block_size:

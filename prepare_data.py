@@ -44,7 +44,6 @@ import requests
 import tiktoken
 
 HUB_DATASETS = {"fineweb-edu": "HuggingFaceFW/fineweb-edu", "fineweb": "HuggingFaceFW/fineweb"}
-HUB = "https://huggingface.co"
 OPENAI_MODELS = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 VOCAB_SIZES = {"gpt2": 50257, "byte": 257}  # of the tokenizers
 FORMATS = (".txt", ".jsonl", ".jsonl.gz", ".parquet")
@@ -52,15 +51,26 @@ SHARD_MAGIC, SHARD_VERSION, HEADER_BYTES = 20240520, 1, 1024
 DOWNLOAD_ATTEMPTS = 8  # in a row that bring nothing new
 
 
+def prepare_streams() -> None:
+    """What a script does first. A standard stream that is closed would leave its descriptor to the next file that is
+    opened; a character that standard output cannot encode would end the run."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))
+    sys.stdout.reconfigure(errors="replace")
+
+
 def say(text: str) -> None:
-    """A line on standard output, in place of the status. It never ends a run: what the encoding lacks is replaced, and
+    """Print a line on standard output, in the first of several processes, replacing the status. It never ends a run:
     what nobody reads any more is dropped."""
+    if os.environ.get("RANK", "0") != "0":
+        return
     status("")
     try:
-        sys.stdout.reconfigure(errors="replace")
         print(text, flush=True)
-    except (OSError, AttributeError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    except OSError:
+        with open(os.devnull, "w") as nothing:
+            os.dup2(nothing.fileno(), 1)
 
 
 def status(text: str) -> None:
@@ -115,7 +125,18 @@ def write_atomically(path: Path, pieces: Iterable[Any]) -> str:
 
 
 def write_json(path: Path, content: dict) -> None:
+    """Write an object with its own checksum, the sha256 of what json.dumps makes of the rest."""
+    content = content | {"checksum": hashlib.sha256(json.dumps(content).encode()).hexdigest()}
     write_atomically(path, [json.dumps(content, indent=2).encode() + b"\n"])
+
+
+def read_json(path: Path) -> dict:
+    """What write_json wrote. Raises ValueError when it is damaged."""
+    content = read_object(path.read_bytes(), path)
+    checksum = content.pop("checksum", None)
+    if checksum != hashlib.sha256(json.dumps(content).encode()).hexdigest():
+        raise ValueError(f"{path} is damaged: its content is not that of its checksum")
+    return content
 
 
 def read_object(text: str | bytes, where: object) -> dict:
@@ -143,11 +164,11 @@ def write_checksums(directory: Path) -> None:
     write_atomically(directory / "SHA256SUMS", [f"{sha256_of(path)}  {path.name}\n".encode() for path in files])
 
 
-def check_checksums(directory: Path, names: Sequence[str] = ()) -> None:
-    """Compare files, by default all, with `SHA256SUMS`. Raises ValueError or OSError naming what is damaged."""
+def check_checksums(directory: Path, names: Sequence[str]) -> None:
+    """Compare files with `SHA256SUMS`. Raises ValueError or OSError naming what is damaged or missing."""
     lines = (directory / "SHA256SUMS").read_text(errors="replace").splitlines()
     sums = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
-    for name in names or sums:
+    for name in names:
         status(f"checking {directory / name}")
         if sha256_of(directory / name) != sums.get(name):
             raise ValueError(f"{directory / name} is damaged: its sha256 is not the one in SHA256SUMS")
@@ -331,12 +352,9 @@ def read_meta(directory: Path) -> dict:
         if (directory / "progress.json").exists():
             raise ValueError(f"{directory} is only partly prepared; run the same prepare_data.py command again")
         return {"tokenizer": "gpt2", "vocab_size": VOCAB_SIZES["gpt2"]}
-    meta = read_object(path.read_bytes(), path)
-    splits = [meta.get(name, {}) for name in ("train", "val")]
-    if VOCAB_SIZES.get(str(meta.get("tokenizer"))) != meta.get("vocab_size") or not all(
-        type(s) is dict for s in splits
-    ):
-        raise ValueError(f"{path} is damaged: its tokenizer, vocab_size or splits cannot be")
+    meta = read_json(path)
+    if VOCAB_SIZES.get(str(meta.get("tokenizer"))) != meta.get("vocab_size"):
+        raise ValueError(f"{path} is damaged: its tokenizer and vocab_size do not belong together")
     return meta
 
 
@@ -392,11 +410,15 @@ class RawFile(NamedTuple):
     url: str = ""
 
 
+def hub_address() -> str:
+    return os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
+
+
 def get(url: str, first: int = 0) -> requests.Response:
     """Ask for a page, or for a file from its byte `first` on. HF_TOKEN is for the hub, and for nobody else (requests
     drops it when a redirect leads to another host). Raises requests.RequestException, for a 4xx or 5xx too."""
     headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={first}-"} if first else {})
-    if (token := os.environ.get("HF_TOKEN", "").strip()) and url.startswith(os.environ.get("HF_ENDPOINT", HUB)):
+    if (token := os.environ.get("HF_TOKEN", "").strip()) and url.startswith(hub_address() + "/"):
         headers["Authorization"] = f"Bearer {token}"
     response = requests.get(url, headers=headers, stream=True, timeout=(10, 30))
     response.raise_for_status()
@@ -426,28 +448,23 @@ def wait_or_raise(error: requests.RequestException, name: str, failures: int, mo
 
 def list_hub(repository: str, folder: str = "") -> list[RawFile]:
     """The files of a folder of `datasets/OWNER/NAME` or `models/OWNER/NAME` on the hub. Raises OSError."""
-    hub, name, asked, files, failures = (
-        os.environ.get("HF_ENDPOINT", HUB),
-        f"list of {repository}{folder}",
-        set(),
-        [],
-        0,
-    )
+    hub, name = hub_address(), f"list of {repository}{folder}"
+    asked, files, failures = set(), [], 0
     url, place = f"{hub}/api/{repository}/tree/main{folder}", f"{hub}/{repository.removeprefix('models/')}/resolve/main"
-    while url and url not in asked:
+    while url and url not in asked and len(asked) < 1000:
         try:
             with get(url) as response:
                 for entry in response.json():
-                    sha256 = (entry.get("lfs") or {}).get("oid", "")
+                    sha256 = str((entry.get("lfs") or {}).get("oid", ""))
                     files.append(RawFile(str(entry["path"]), int(entry["size"]), sha256, f"{place}/{entry['path']}"))
                 asked.add(url)
                 url = response.links.get("next", {}).get("url")
-        except (KeyError, TypeError, AttributeError, ValueError) as error:  # requests.JSONDecodeError is a ValueError
+        except (LookupError, TypeError, AttributeError, ArithmeticError, RecursionError, ValueError) as error:
             raise OSError(f"the {name} is not as the hub's are: {error!r}") from error
         except requests.RequestException as error:  # with few tries: whoever has no network should hear of it soon
             failures += 1
             wait_or_raise(error, name, failures, 3)
-    return sorted(files)
+    return sorted(set(files))
 
 
 def download(file: RawFile, path: Path) -> Path:
@@ -473,7 +490,7 @@ def download(file: RawFile, path: Path) -> Path:
                         raise requests.RequestException("the server sends another part than it was asked for")
                     have = have if resumed else 0
                     with open(part, "ab" if resumed else "wb") as out:
-                        for chunk in response.iter_content(1 << 15):
+                        for chunk in response.iter_content(1 << 12):  # more would be lost when it breaks off
                             have += out.write(chunk[: file.size - have])
                             status(f"fetching {path.name}: {have / 1e6:,.0f} of {file.size / 1e6:,.0f} MB")
                             if have == file.size:
@@ -518,15 +535,19 @@ def fetch_in_order(files: list[RawFile], first: int, raw: Path) -> Iterator[tupl
 
 def model_directory(name_or_dir: str | Path) -> Path:
     """The directory of a model given by path or by name; OpenAI's models are fetched at their first use, by one process
-    for all. Raises FileNotFoundError when there is no such model, OSError when a download fails."""
+    for all. Raises FileNotFoundError when there is no such model, ValueError when it is damaged, OSError when it cannot
+    be fetched."""
     directory, files = Path(name_or_dir), ("config.json", "model.safetensors")
     if all((directory / file).is_file() for file in files):
+        if (directory / "SHA256SUMS").exists():
+            check_checksums(directory, files)
         return directory
     if str(name_or_dir) not in OPENAI_MODELS:
         missing = "it has no model.safetensors and config.json" if directory.is_dir() else "there is no such directory"
         raise FileNotFoundError(f"{name_or_dir} is not a model: {missing}, nor is it one of {', '.join(OPENAI_MODELS)}")
     directory = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gpt2" / name_or_dir
     if not all((directory / file).is_file() for file in files):
+        status(f"waiting for {directory}")
         with locked(directory, wait=True):
             for file in list_hub(f"models/openai-community/{name_or_dir}"):
                 if file.name in files:
@@ -593,13 +614,11 @@ def list_corpus(settings: dict) -> list[RawFile]:
 def read_progress(path: Path, settings: dict) -> dict | None:
     """What meta.json or progress.json holds, None where there is no such file, or no shard yet. Raises ValueError if it
     was written with other settings."""
-    progress = read_object(path.read_bytes(), path) if path.exists() else None
-    try:
-        if progress is None or progress["train"]["tokens"] + progress["val"]["tokens"] == 0:
-            return None
-        changed = {key: progress["settings"][key] for key in settings if progress["settings"][key] != settings[key]}
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{path} is damaged ({error!r}); remove its directory to begin anew") from error
+    progress = read_json(path) if path.exists() else None
+    if progress is None or progress["train"]["tokens"] + progress["val"]["tokens"] == 0:
+        return None
+    before = progress["settings"]
+    changed = {key: before.get(key) for key in settings if before.get(key) != settings[key]}
     if changed:
         differences = "; ".join(f"{key} was {value} and is now {settings[key]}" for key, value in changed.items())
         raise ValueError(f"{path.parent} was prepared with other settings: {differences}; give another --out")
@@ -644,14 +663,12 @@ def prepare(settings: dict, files: list[RawFile], out: Path, workers: int) -> di
     if not (out / "progress.json").exists() and any(out.glob("*.bin")):
         raise FileExistsError(f"{out} holds shards that were not prepared by this script; give another --out")
     get_tokenizer(settings["tokenizer"])  # a missing one is noticed here, not in the workers
-    files = files or list_corpus(settings)
-    listed = [[Path(file.name).name, file.size, file.sha256] for file in files]
-    nothing = {"shards": 0, "documents": 0, "tokens": 0, "bytes": 0, "sha256": []}
-    begun = {"settings": settings, "files": listed, "position": [0, 0, 0], "train": nothing, "val": nothing}
-    progress = progress or begun
-    if progress["files"] != listed:
-        raise ValueError(f"the files of the corpus are not those that {out} was begun with; give another --out")
-    write_json(out / "progress.json", progress)
+    if progress is None:
+        nothing = {"shards": 0, "documents": 0, "tokens": 0, "bytes": 0, "sha256": []}
+        progress = {"settings": settings, "position": [0, 0, 0], "train": nothing, "val": nothing}
+        progress["files"] = files or list_corpus(settings)  # once: a hub may list more later
+        write_json(out / "progress.json", progress)
+    files = files or [RawFile(*file) for file in progress["files"]]
 
     *start, skip = progress["position"]
     batches = (
@@ -670,8 +687,8 @@ def prepare(settings: dict, files: list[RawFile], out: Path, workers: int) -> di
                 used, room, done = used + len(pieces[-1]), room - len(pieces[-1]), done + len(pieces[-1])
                 if room == 0:
                     add_shard(out, progress, split, pieces, [*position, used])
-                    for name, *_ in listed[: position[0]]:  # all of whose tokens are in shards
-                        (raw / name).unlink(missing_ok=True)
+                    for file in files[: position[0]]:  # all of whose tokens are in shards
+                        (raw / Path(file.name).name).unlink(missing_ok=True)
                     pieces, (split, room) = [], next_shard(progress, settings)
             rate = (done - resumed) / (time.monotonic() - began)
             status(f"{done / 1e6:,.1f}M tokens | file {position[0] + 1} of {len(files)} | {rate:,.0f} tokens/s")
@@ -765,6 +782,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--val-tokens", type=amount, help="for validation (default: 100M; a tenth of your own text)")
     parser.add_argument("--max-tokens", type=amount, help="stop after this many, validation included (default: all)")
     parser.add_argument("--workers", type=number(int, 1, 1024), default=os.cpu_count(), help="(default: one per core)")
+    prepare_streams()
     args, unknown = parser.parse_known_args(argv)
     if unknown:
         parser.error(f"unrecognized arguments: {' '.join(unknown)} (your own files go after --input)")

@@ -21,7 +21,7 @@ import tiktoken
 import torch
 
 from model import DEVICES, DTYPES, center_logits, choose_device, choose_dtype, generate, load_model, read_config
-from prepare_data import check_checksums, fail, get_tokenizer, model_directory, number
+from prepare_data import fail, get_tokenizer, model_directory, number, prepare_streams
 
 
 def newest_checkpoint(out: Path) -> Path:
@@ -50,7 +50,7 @@ class Decoder:
 def read_prompts(args: argparse.Namespace) -> Iterator[str]:
     """The prompt of the command line or of standard input; with --interactive, each line of that."""
     if not args.interactive:
-        yield (sys.stdin.read() if sys.stdin else "").removesuffix("\n") if args.prompt == "-" else args.prompt
+        yield sys.stdin.read().removesuffix("\n") if args.prompt == "-" else args.prompt
         return
     while True:
         print("> ", end="", file=sys.stderr, flush=True)
@@ -61,8 +61,6 @@ def read_prompts(args: argparse.Namespace) -> Iterator[str]:
 
 def sample(args: argparse.Namespace) -> None:
     directory, device = model_directory(args.model or newest_checkpoint(Path("out"))), choose_device(args.device)
-    if (directory / "SHA256SUMS").exists():
-        check_checksums(directory, ["config.json", "model.safetensors"])
     tokenizer = get_tokenizer(read_config(directory)[1])
     model = center_logits(load_model(directory)).to(device, choose_dtype(args.dtype, device))
     generator = torch.Generator(device).manual_seed(args.seed)
@@ -104,22 +102,15 @@ def main(argv: list[str] | None = None) -> None:
     add("--num-samples", type=number(int, 1, 4096), default=1, help="(default: 1)")
     add("--max-new-tokens", type=count, default=500, help="per sample (default: 500)")
     add("--temperature", type=number(float, 0, 10**6), default=0.8, help="0: the most likely token (default: 0.8)")
-    add(
-        "--top-k",
-        type=number(int, 0, 10**6),
-        default=50,
-        help="draw from the k most likely tokens; 0: all (default: 50)",
-    )
-    add("--top-p", type=number(float, 1e-6, 1), default=1.0, help="smallest set of tokens with total probability p")
-    add(
-        "--seed", type=number(int, 0, 2**63 - 1), default=1337, help="the same seed gives the same text (default: 1337)"
-    )
+    add("--top-k", type=number(int, 0, 10**6), default=50, help="keep the k most likely tokens; 0: all (default: 50)")
+    add("--top-p", type=number(float, 1e-6, 1), default=1.0, help="smallest set with total probability p (default: 1)")
+    add("--seed", type=number(int, 0, 2**63 - 1), default=1337, help="seed of the random draws (default: 1337)")
     add("--device", default="auto", choices=DEVICES, help="(default: auto)")
     add("--dtype", default="auto", choices=DTYPES, help="(default: auto)")
     add("--compile", action="store_true", help="compile decoding; pays for long texts")
+    prepare_streams()
     args = parser.parse_args(argv)
     try:
-        sys.stdout.reconfigure(errors="replace")
         torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for every length
         sample(args)
     except KeyboardInterrupt:

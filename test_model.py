@@ -635,10 +635,8 @@ def test_a_download_that_brings_nothing_new_ends(site: Site, tmp_path: Path, mon
         site.content["/api/models/b/tree/main"] = entries
         with pytest.raises(OSError, match="list of models/b is not as the hub's are"):
             prepare_data.list_hub("models/b")
-    site.content |= {
-        "/api/models/b/tree/main": b"[]",
-        "/api/models/b/tree/main next": f"{site.url}/api/models/b/tree/main".encode(),
-    }
+    site.content["/api/models/b/tree/main"] = b"[]"
+    site.content["/api/models/b/tree/main next"] = f"{site.url}/api/models/b/tree/main".encode()
     assert prepare_data.list_hub("models/b") == []  # though its next page is itself
 
 
@@ -1005,7 +1003,7 @@ def test_evaluation_is_what_its_definition_says_on_any_ranks(data: Path, tmp_pat
         (line,) = read_log(out)
         assert line.pop("evaluated") == str(start) and line == pytest.approx(expected, rel=1e-5)
         assert not train.checkpoints(out)
-    assert f"{expected['val_loss']:.4f} ± {expected['val_loss_se']:.4f}" in table and "published" not in table
+    assert f"{expected['val_loss']:.4f} ± {expected['val_loss_se']:.4f}\n" in table and "published" not in table
     run_train(data, one, steps=1)  # evaluations alone are no run
     assert [line.get("step") for line in read_log(one)] == [None, 0, 1, 1]
 
@@ -1197,7 +1195,7 @@ def test_law_8_nothing_damaged_is_believed(
         original = (whole / name).read_bytes()
         flip(whole / name)
         with pytest.raises(ValueError, match=f"{name} is damaged"):
-            prepare_data.check_checksums(whole)
+            prepare_data.check_checksums(whole, [name])
         again = tmp_path / name
         shutil.copytree(tmp_path / "whole", again)
         (again / "step_000009.tmp").mkdir()  # one that was being written when the machine died
@@ -1205,7 +1203,7 @@ def test_law_8_nothing_damaged_is_believed(
             log.write(b'{"step": 7, "train_l\xff')
         resumed = run_train(data, again, resume=True)
         assert re.search(rf"warning: \S*{name} is damaged.*passing over step_000006", capsys.readouterr().out)
-        prepare_data.check_checksums(resumed)
+        prepare_data.check_checksums(resumed, [name])
         assert read_log(again) == read_log(tmp_path / "whole")
         if name != "trainer.pt":
             assert f"{name} is damaged" in refusal(sample.main, capsys, "--model", whole)
@@ -1213,14 +1211,18 @@ def test_law_8_nothing_damaged_is_believed(
 
     shutil.copytree(data, tmp_path / "shards")
     run_train(tmp_path / "shards", tmp_path / "run", steps=3)
+    flip(tmp_path / "shards" / "meta.json")
+    with pytest.raises(ValueError, match=r"meta.json is damaged"):
+        prepare_data.read_meta(tmp_path / "shards")
+    shutil.copy(data / "meta.json", tmp_path / "shards")
     whole = (tmp_path / "shards" / "train_000001.bin").read_bytes()
     flip(tmp_path / "shards" / "train_000001.bin")
     with pytest.raises(ValueError, match=r"train_000001.bin is (damaged|not a token shard)"):
         run_train(tmp_path / "shards", tmp_path / "other")
-    shard, meta = tmp_path / "shards" / "train_000001.bin", json.loads((tmp_path / "shards" / "meta.json").read_text())
+    shard, meta = tmp_path / "shards" / "train_000001.bin", prepare_data.read_json(tmp_path / "shards" / "meta.json")
     shard.write_bytes(whole[:1024].ljust(len(whole), b"\0"))  # another, of the same size
     meta["train"]["sha256"][1] = prepare_data.sha256_of(shard)
-    (tmp_path / "shards" / "meta.json").write_text(json.dumps(meta))
+    prepare_data.write_json(tmp_path / "shards" / "meta.json", meta)
     again = flags(tmp_path / "shards", tmp_path / "run", steps=3, resume=True)
     assert "are not those that" in refusal(train.main, capsys, *again)
 

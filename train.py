@@ -104,7 +104,7 @@ PRESETS = {
     ),
 }
 BETAS = (0.9, 0.95)
-FLOAT16_SKIPS = 20  # updates in a row that float16's scaler may skip, while it finds its scale
+FLOAT16_SKIPS = 20  # consecutive updates that float16's scaler may skip while it looks for its scale
 
 
 def parse_args(parser: argparse.ArgumentParser, argv: list[str] | None) -> tuple[TrainConfig, dict[str, Any]]:
@@ -180,8 +180,7 @@ def start_job(device: str) -> Job:
             # Workers that torchrun has restarted would find the addresses of the dead ones in its store. On several
             # machines the count of restarts is not common to all, and cannot tell them apart.
             store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
-        # Gloo beside NCCL: what the processes agree on at every update must not wait for their GPUs.
-        backend, device_id = ("cpu:gloo,cuda:nccl", chosen) if chosen.type == "cuda" else ("gloo", None)
+        backend, device_id = ("nccl", chosen) if chosen.type == "cuda" else ("gloo", None)
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, device_id=device_id)
     return Job(rank, max(1, world_size), chosen)
 
@@ -204,8 +203,8 @@ def gather_objects(value: Any) -> list:
 
 @contextmanager
 def noted_signals() -> Iterator[list[int]]:
-    """A list to which SIGTERM and SIGINT are added instead of ending the process. One that comes more than a second
-    after the first ends it at once; within that second, a scheduler and torchrun may both have sent the first."""
+    """A list that SIGTERM and SIGINT are added to, instead of ending the process. A second signal more than a second
+    later ends it at once; within that second, torchrun and a scheduler may both send the first."""
     noted, times = [], []
 
     def note(signum: int, frame: object) -> None:
@@ -214,12 +213,14 @@ def noted_signals() -> Iterator[list[int]]:
         if times[-1] > times[0] + 1:
             os._exit(128 + signum)
         if len(noted) == 1 and os.environ.get("RANK", "0") == "0":  # by os.write: a print may be under way
-            os.write(2, b"\\nfinishing this update, then writing a checkpoint; once more: stop at once, without one\\n")
+            os.write(2, b"\nfinishing this update, then writing a checkpoint; once more: stop at once, without one\n")
 
-    handlers = [signal.signal(signum, note) for signum in (signal.SIGTERM, signal.SIGINT)]
-    yield noted
-    signal.signal(signal.SIGTERM, handlers[0])
-    signal.signal(signal.SIGINT, handlers[1])
+    handlers = {signum: signal.signal(signum, note) for signum in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield noted
+    finally:
+        for signum, handler in handlers.items():
+            signal.signal(signum, handler)
 
 
 # The data and its order
@@ -283,7 +284,7 @@ def save_checkpoint(out: Path, step: int, model: GPT, trainer: dict, tokenizer: 
         gpt.save_model(model, part, tokenizer)
         torch.save(trainer, part / "trainer.pt")
         files.write_checksums(part)
-        for path in (out / "metrics.jsonl", *part.iterdir(), part):  # the log is never behind a checkpoint
+        for path in (out / "metrics.jsonl", *part.iterdir(), part):  # the log first: it is never behind a checkpoint
             files.synchronize(path)
     except (OSError, RuntimeError, SafetensorError) as error:
         shutil.rmtree(part, ignore_errors=True)
@@ -305,9 +306,9 @@ def load_trainer(checkpoint: Path) -> dict:
 
 
 def find_source(config: TrainConfig) -> tuple[Path | None, bool]:
-    """Where the weights come from, None for a new model, and whether that is a checkpoint to continue from. Damaged
-    checkpoints are named and passed over. Raises FileExistsError for a run that is there and not to be resumed,
-    FileNotFoundError for weights that are not there, ValueError for damaged ones."""
+    """The directory to take the weights from (None for a new model), and whether to resume from it. Damaged checkpoints
+    are named and passed over. Raises FileExistsError for a run that is there and not to be resumed, FileNotFoundError
+    for weights that are not there, ValueError for damaged ones."""
     out, found = Path(config.out), checkpoints(Path(config.out))
     begun = found or any("train_loss" in entry for entry in read_log(out / "metrics.jsonl"))
     if begun and not config.resume and not config.eval_only:
@@ -315,7 +316,7 @@ def find_source(config: TrainConfig) -> tuple[Path | None, bool]:
     if config.resume or (config.eval_only and not config.init_from):
         for checkpoint in reversed(found):
             try:
-                files.check_checksums(checkpoint)
+                files.check_checksums(checkpoint, ["config.json", "model.safetensors", "trainer.pt"])
                 return checkpoint, not config.eval_only
             except (ValueError, OSError) as error:
                 say(f"warning: {error}; passing over {checkpoint.name}")
@@ -323,10 +324,7 @@ def find_source(config: TrainConfig) -> tuple[Path | None, bool]:
             raise ValueError(f"{out} has no whole checkpoint; give another --out to begin anew, or --init-from")
     if not config.init_from:
         return None, False
-    directory = files.model_directory(config.init_from)
-    if (directory / "SHA256SUMS").exists():
-        files.check_checksums(directory, ["config.json", "model.safetensors"])
-    return directory, False
+    return files.model_directory(config.init_from), False
 
 
 def resumed_config(config: TrainConfig, given: dict[str, Any], checkpoint: Path, saved: dict[str, Any]) -> TrainConfig:
@@ -336,7 +334,14 @@ def resumed_config(config: TrainConfig, given: dict[str, Any], checkpoint: Path,
     if changed:
         differences = [f"--{n.replace('_', '-')} was {saved.get(n)} and is now {v}" for n, v in changed.items()]
         raise ValueError(f"{checkpoint} is from another run: {'; '.join(differences)}")
-    kept = saved.keys() - {"out", "device", "micro_batch_size", "init_from", "resume", "eval_only"}
+    kept = saved.keys() & asdict(config).keys() - {
+        "out",
+        "device",
+        "micro_batch_size",
+        "init_from",
+        "resume",
+        "eval_only",
+    }
     return replace(config, **({name: saved[name] for name in kept} | given))
 
 
@@ -351,7 +356,11 @@ def read_log(path: Path) -> list[dict]:
 
 def open_log(path: Path, step: int) -> TextIO:
     """metrics.jsonl, to append to; all lines about updates past `step` are removed first."""
-    kept = [json.dumps(entry) + "\n" for entry in read_log(path) if not entry.get("step", -1) > step]
+    kept = [
+        json.dumps(entry) + "\n"
+        for entry in read_log(path)
+        if not (isinstance(entry.get("step"), int) and entry["step"] > step)
+    ]
     files.write_atomically(path, ["".join(kept).encode()])
     return open(path, "a", encoding="utf-8", buffering=1)
 
@@ -373,7 +382,7 @@ def describe(entry: dict, seconds_left: float = 0, published: dict[str, float] |
             error = f" ± {entry[f'{name}_se']:.4f}" if entry.get(f"{name}_se") else ""
             beside = f"   published: {published[name]}" if name in (published or {}) else ""
             lines.append(f"  {name:20} {value:10.4f}{error}{beside}")
-    return "\\n".join(lines)
+    return "\n".join(lines)
 
 
 def sample_text(model: GPT, tokenizer_name: str, seed: int, device: torch.device) -> str:
@@ -412,7 +421,7 @@ def read_tasks(name: str, path: Path, tokenizer: tiktoken.Encoding, most: int) -
     """The first `most` tasks of a set in its published form. An ending's tokens are those of a space and its text; that
     of a LAMBADA passage is its last word. Raises ValueError, with the line, for what is not a task."""
     if (path.parent / "SHA256SUMS").exists():
-        files.check_checksums(path.parent)
+        files.check_checksums(path.parent, [path.name])
     rows, scored, labels = [], [], []
     for number, line in enumerate(path.read_bytes().splitlines()[:most], start=1):
         try:
@@ -591,7 +600,7 @@ def train(config: TrainConfig, given: dict[str, Any] | None = None) -> int:
     status: 0, or 128 + the signal that interrupted it. Raises FloatingPointError when it diverges, and ValueError or
     OSError with a sentence for the user.
     """
-    # What there is: the weights to begin with, and the data
+    # The starting weights and the data
     out, (source, resuming) = Path(config.out), find_source(config)
     state = load_trainer(source) if resuming else {}
     if resuming:
@@ -617,7 +626,8 @@ def train(config: TrainConfig, given: dict[str, Any] | None = None) -> int:
     autocast = torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
     compiles = config.compile if config.compile is not None else device.type == "cuda" and bool(find_spec("triton"))
     if evaluates:
-        check_shards(val_split, job)
+        if split is not val_split:
+            check_shards(val_split, job)
         sets = open_evaluation(config, val_split, meta["tokenizer"], model.config.block_size)
         measure = partial(evaluate, model, torch.compile(model.score) if compiles else None, sets, job, autocast)
     if config.eval_only:
@@ -671,9 +681,9 @@ def train(config: TrainConfig, given: dict[str, Any] | None = None) -> int:
     flops = gpt.flops_per_token(replace(model.config, block_size=T))
 
     def record(entry: dict, seconds_left: float = 0) -> None:
-        if main_process:
+        if log:
             print(json.dumps(entry), file=log)
-            say(describe(entry, seconds_left))
+        say(describe(entry, seconds_left))
         for name in entry.keys() - {"step"} if board else ():
             if entry[name] is not None:
                 board.add_scalar(name, entry[name], entry["step"])
@@ -681,22 +691,21 @@ def train(config: TrainConfig, given: dict[str, Any] | None = None) -> int:
     def due(every: int) -> bool:
         return step == config.steps or (every > 0 and step % every == 0)
 
-    if main_process:
-        tokens, passes = sum(split.tokens), config.total_batch_tokens // (T * config.micro_batch_size * job.world_size)
-        epochs = config.steps * config.total_batch_tokens / tokens
-        say(f"{gpt.parameter_count(model):,} parameters, {tokens:,} tokens, {epochs:.3g} epochs")
-        say(f"{config.steps:,} updates of {passes} x {job.world_size} micro-batches of {config.micro_batch_size}")
-        how = f"{job.world_size} x {device.type}, {str(dtype)[6:]}{', compiled' * compiles}"
-        say(f"{how}; {'resuming' if resuming else 'starting'} from {source or 'scratch'}")
+    tokens, passes = sum(split.tokens), config.total_batch_tokens // (T * config.micro_batch_size * job.world_size)
+    epochs = config.steps * config.total_batch_tokens / tokens
+    say(f"{gpt.parameter_count(model):,} parameters, {tokens:,} tokens, {epochs:.3g} epochs")
+    say(f"{config.steps:,} updates of {passes} x {job.world_size} micro-batches of {config.micro_batch_size}")
+    how = f"{job.world_size} x {device.type}, {str(dtype)[6:]}{', compiled' * compiles}"
+    say(f"{how}; {'resuming' if resuming else 'starting'} from {source or 'scratch'}")
     if evaluates and step == 0:
         record({"step": 0} | measure())
 
     # The loop: each update trains on total_batch_tokens, of which this rank has its share, in micro-batches
-    saved, logged, bad_norms, stop, unread, since = step, step, 0, 0, [], time.perf_counter()
+    saved, bad_norms, stop, times = step, 0, 0, []
     with noted_signals() as signals:
         ahead = files.in_thread(load_batch, split, config, step + 1, job)
         while step < config.steps and not stop:
-            step += 1
+            step, began = step + 1, time.perf_counter()
             batch = ahead.result().to(device, non_blocking=True)
             ahead = files.in_thread(load_batch, split, config, step + 1, job)
             lr = learning_rate(step, config)
@@ -716,38 +725,34 @@ def train(config: TrainConfig, given: dict[str, Any] | None = None) -> int:
                 loss += part.detach()
             scaler.unscale_(optimizer)
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
-            unread.append(loss)
 
-            stop = int(sum_over_ranks(torch.tensor(len(signals))))  # of all ranks, without waiting for a GPU
-            logs, saves = due(config.log_every), due(config.checkpoint_every) or stop
-            if logs or saves:  # only then is the device waited for
-                *read, norm = (sum_over_ranks(torch.stack([*unread, norm])) / job.world_size).tolist()
-                losses, unread = losses + read, []
-                bad_norms = 0 if math.isfinite(norm) else bad_norms + 1
-                if not math.isfinite(sum(read)) or bad_norms > (FLOAT16_SKIPS if scaler.is_enabled() else 0):
-                    good = (
-                        f"the last good checkpoint in {out} is of step {saved}" if saved else "there is no checkpoint"
-                    )
-                    problem = f"the loss is {read[-1]} and the norm of the gradient {norm}"
-                    raise FloatingPointError(f"at step {step} {problem}; the update is not applied, and {good}")
+            # The one wait for the device, and for the other ranks: an update that is not finite is never applied.
+            sums = sum_over_ranks(torch.stack([loss, norm, torch.tensor(float(len(signals)), device=device)]))
+            loss, norm, stop = (sums / job.world_size).tolist()
+            bad_norms = 0 if math.isfinite(norm) else bad_norms + 1
+            if not math.isfinite(loss) or bad_norms > (FLOAT16_SKIPS if scaler.is_enabled() else 0):
+                good = f"the last good checkpoint in {out} is of step {saved}" if saved else "there is no checkpoint"
+                problem = f"the loss is {loss} and the norm of the gradient {norm}"
+                raise FloatingPointError(f"at step {step} {problem}; the update is not applied, and {good}")
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad(set_to_none=True)
 
-            if logs:
-                seconds = (time.perf_counter() - since) / (step - logged)
+            losses.append(loss)
+            times.append(time.perf_counter() - began)
+            if due(config.log_every):
+                seconds = sum(times) / len(times)
                 rate = config.total_batch_tokens / seconds
                 entry = {"step": step, "train_loss": math.fsum(losses) / len(losses), "lr": lr, "grad_norm": norm}
                 entry |= {"tokens_per_second": rate}
                 entry |= {"mfu": rate * flops / (peak * job.world_size)} if peak else {}
                 record(entry, (config.steps - step) * seconds)
-                losses, logged, since = [], step, time.perf_counter()
-            pause = time.perf_counter()
+                losses, times = [], []
             if evaluates and due(config.eval_every):
                 record({"step": step} | measure())
             if main_process and config.sample_every and due(config.sample_every):
                 say(sample_text(model, meta["tokenizer"], config.seed, device))
-            if saves:
+            if due(config.checkpoint_every) or stop:
                 status("writing a checkpoint")
                 if config.zero and job.world_size > 1:
                     optimizer.consolidate_state_dict(to=0)
@@ -757,12 +762,11 @@ def train(config: TrainConfig, given: dict[str, Any] | None = None) -> int:
                     save_checkpoint(out, step, model, state, meta["tokenizer"], config.keep_checkpoints)
                     say(f"step {step}  checkpoint {out}/step_{step:06d}")
                 saved = step
-            since += time.perf_counter() - pause  # what is not training is not in its rate
     if board:
         board.close()
-    if main_process and step < config.steps:
+    if step < config.steps:
         say(f"interrupted after step {step}; continue with the same command and --resume")
-    elif main_process:
+    else:
         say(f"{config.steps} steps done; sample from the result with: python sample.py --model {out}/step_{step:06d}")
     return 0 if step == config.steps else 128 + (signals[0] if signals else signal.SIGTERM)
 
@@ -770,6 +774,7 @@ def train(config: TrainConfig, given: dict[str, Any] | None = None) -> int:
 def main(argv: list[str] | None = None) -> None:
     about = "Train a GPT-2. With no options: 124M on FineWeb-Edu."
     parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, allow_abbrev=False, description=about)
+    files.prepare_streams()
     config, given = parse_args(parser, argv)
     try:
         if not config.resume:
@@ -791,7 +796,7 @@ def main(argv: list[str] | None = None) -> None:
         if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
             raise
         problem = "out of memory; leave --micro-batch-size out, or take a smaller --model or --sequence-length"
-    # What goes wrong before the processes have met does so in all of them: one a machine tells.
+    # An error before the processes have met occurs in all of them; one per machine reports it.
     if problem and (dist.is_initialized() or os.environ.get("LOCAL_RANK", "0") == "0"):
         files.fail("train.py", problem)
     if dist.is_initialized() and not problem:
