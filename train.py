@@ -671,7 +671,7 @@ def train(config: TrainConfig, given: dict[str, Any] | None = None) -> int:
         status("compiling" if compiles else "connecting")
         tokens = torch.zeros(config.micro_batch_size, T, dtype=torch.int64, device=device)
         with autocast:
-            runner(tokens, tokens).backward()
+            runner(tokens, tokens.clone()).backward()  # two tensors, as in an update: else it is compiled again
         optimizer.zero_grad(set_to_none=True)
 
     # The log
@@ -695,7 +695,7 @@ def train(config: TrainConfig, given: dict[str, Any] | None = None) -> int:
     epochs = config.steps * config.total_batch_tokens / tokens
     say(f"{gpt.parameter_count(model):,} parameters, {tokens:,} tokens, {epochs:.3g} epochs")
     say(f"{config.steps:,} updates of {passes} x {job.world_size} micro-batches of {config.micro_batch_size}")
-    how = f"{job.world_size} x {device.type}, {str(dtype)[6:]}{', compiled' * compiles}"
+    how = f"{job.world_size} x {device.type}, {str(dtype)[6:]}{', compiled' if compiles else ', not compiled'}"
     say(f"{how}; {'resuming' if resuming else 'starting'} from {source or 'scratch'}")
     if evaluates and step == 0:
         record({"step": 0} | measure())
