@@ -309,7 +309,7 @@ def test_model_that_is_not_one_is_refused(tmp_path: Path) -> None:
 
 
 def greedy_without_cache(model: GPT, tokens: torch.Tensor, count: int) -> torch.Tensor:
-    """The definition: read the whole context for each token, and go on from its last half when it is full."""
+    """The definition: read the whole context for each token, and continue from its last half when it is full."""
     context, new = tokens, []
     for _ in range(count):
         new.append(model(context)[:, -1].argmax(-1))
@@ -962,7 +962,7 @@ def test_evaluation_is_what_its_definition_says_on_any_ranks(
     save_model(random_model(GPTConfig(40, 257, 2, 2, 32)), start, "byte")
 
     def losses(tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Of each token but the first, in float64; and whether it is the likeliest."""
+        """Of each token but the first, in float64; and whether it is the most likely."""
         logits = numpy_gpt2(start, tokens[None, :-1])[0]
         log_probs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
         return -log_probs[np.arange(len(tokens) - 1), tokens[1:]], logits.argmax(-1) == tokens[1:]
@@ -978,9 +978,9 @@ def test_evaluation_is_what_its_definition_says_on_any_ranks(
             for ending in task.get("endings", [word]):
                 count = len(f" {ending}".encode())
                 text = np.array([*f"{task.get('ctx', context)} {ending}".encode()])[-41:]  # as much as fits
-                loss, likeliest = losses(text)
+                loss, top = losses(text)
                 scores.append((loss[-count:].sum(), loss[-count:].mean()))
-                words += [(scores[-1][0], likeliest[-count:].all())] if word else []
+                words += [(scores[-1][0], top[-count:].all())] if word else []
             if lines == "hellaswag":
                 sums, means = zip(*scores, strict=True)
                 summed.append(np.argmin(sums) == task["label"])
