@@ -80,7 +80,7 @@ class TrainConfig:
     eval_tasks: int = option(100_000, "tasks of HellaSwag and of LAMBADA to evaluate on; 0: none")
     tensorboard: bool = option(False, "write the log for TensorBoard too, to --out (needs the package tensorboard)")
     sample_every: int = option(1000, "updates between samples of text; 0: none")
-    checkpoint_every: int = option(2500, "updates between checkpoints; 0: one at the end only")
+    checkpoint_every: int = option(4000, "updates between checkpoints; 0: one at the end only")
     keep_checkpoints: int = option(2, "how many checkpoints to keep; 0: all")
     log_every: int = option(1, "updates between lines of the log", 1)
 
