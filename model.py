@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.optim import AdamW
+from torch.optim import AdamW, Optimizer
 
 # The architecture
 
@@ -294,12 +294,20 @@ def flops_per_token(config: GPTConfig) -> float:
     return 6 * weights + 12 * config.n_layer * config.n_embd * config.block_size
 
 
-def configure_optimizer(model: GPT, learning_rate: float, weight_decay: float, betas: tuple[float, float]) -> AdamW:
-    """Fused AdamW, with weight decay on the matrices and none on biases and LayerNorms."""
+def configure_optimizer(
+    model: GPT, learning_rate: float, weight_decay: float, betas: tuple[float, float], zero: bool = False
+) -> Optimizer:
+    """Fused AdamW, with weight decay on the matrices and none on biases and LayerNorms; with `zero` its state is
+    divided among the ranks (ZeRO stage 1, Rajbhandari et al., 2020)."""
     matrices = [p for p in model.parameters() if p.dim() >= 2]
     others = [p for p in model.parameters() if p.dim() < 2]
     groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
-    return AdamW(groups, lr=learning_rate, betas=betas, eps=1e-8, fused=True)
+    settings = {"lr": learning_rate, "betas": betas, "eps": 1e-8, "fused": True}
+    if not zero:
+        return AdamW(groups, **settings)
+    from torch.distributed.optim import ZeroRedundancyOptimizer  # slow to import
+
+    return ZeroRedundancyOptimizer(groups, AdamW, **settings)
 
 
 # Devices

@@ -9,9 +9,9 @@ OpenAI's weights.
 The corpus is one stream of tokens, each document behind an `<|endoftext|>`: the first --val-tokens of it are the
 validation split, the rest is for training, both cut into shards `val_000000.bin`, `train_000000.bin`, ... A shard is
 llm.c's: 256 int32 of header (20240520, 1, the number of tokens, zeros), then uint16 tokens, all little endian.
-`meta.json`, written last, holds the tokenizer and what each split contains, with a sha256 of each shard. Until then
-`progress.json` holds how far the whole shards reach, so that the same command continues an interrupted preparation and
-writes identical bytes. The evaluation sets, HellaSwag and LAMBADA, stay as they are published.
+`meta.json` holds the tokenizer, what each split contains, with a sha256 of each shard, and how far the shards reach, so
+that the same command continues an interrupted preparation and writes identical bytes. The evaluation sets, HellaSwag
+and LAMBADA, stay as they are published.
 """
 
 import argparse
@@ -21,6 +21,7 @@ import gzip
 import hashlib
 import itertools
 import json
+import math
 import multiprocessing
 import os
 import re
@@ -30,13 +31,11 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing, contextmanager, suppress
 from functools import cache
-from multiprocessing.connection import Connection
 from pathlib import Path
-from queue import SimpleQueue
-from threading import Thread
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -61,16 +60,14 @@ def prepare_streams() -> None:
 
 
 def say(text: str) -> None:
-    """Print a line on standard output, in the first of several processes, replacing the status. It never ends a run:
+    """Print a line on standard output, in the first of several processes, in place of the status. It never ends a run:
     what nobody reads any more is dropped."""
-    if os.environ.get("RANK", "0") != "0":
-        return
     status("")
     try:
-        print(text, flush=True)
+        if os.environ.get("RANK", "0") == "0":
+            print(text, flush=True)
     except OSError:
-        with open(os.devnull, "w") as nothing:
-            os.dup2(nothing.fileno(), 1)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 def status(text: str) -> None:
@@ -174,6 +171,12 @@ def check_checksums(directory: Path, names: Sequence[str]) -> None:
             raise ValueError(f"{directory / name} is damaged: its sha256 is not the one in SHA256SUMS")
 
 
+def checkpoints(out: Path) -> list[Path]:
+    """The checkpoints of a run, `step_NNNNNN`, oldest first."""
+    found = [path for path in out.glob("step_*") if path.name[5:].isdecimal()]  # a .tmp is not whole yet
+    return sorted(found, key=lambda path: int(path.name[5:]))
+
+
 # The tokenizers
 
 
@@ -189,10 +192,10 @@ def get_tokenizer(name: str) -> tiktoken.Encoding:
     try:
         return tiktoken.get_encoding(name)
     except requests.RequestException as error:
-        raise OSError(
-            f"GPT-2's tokenizer could not be fetched ({reason(error)}); without network, set TIKTOKEN_CACHE_DIR to a "
-            "directory that tiktoken has filled, or use the byte tokenizer"
-        ) from error
+        advice = (
+            "without network, use the byte tokenizer, or set TIKTOKEN_CACHE_DIR to a directory that tiktoken filled"
+        )
+        raise OSError(f"GPT-2's tokenizer could not be fetched ({type(error).__name__}); {advice}") from error
 
 
 def token_bytes(tokenizer: tiktoken.Encoding) -> np.ndarray:
@@ -200,6 +203,36 @@ def token_bytes(tokenizer: tiktoken.Encoding) -> np.ndarray:
     sizes = [len(tokenizer.decode_single_token_bytes(token)) for token in range(tokenizer.n_vocab)]
     sizes[tokenizer.eot_token] = 0
     return np.array(sizes, dtype=np.uint16)
+
+
+@cache
+def tokenizer_files(tokenizer: tiktoken.Encoding) -> dict[str, str]:
+    """
+    The text of a tokenizer's files, by name, as OpenAI published GPT-2's and transformers reads them.
+
+    Each byte is spelled as a character: 188 as the one they are in Latin-1, the others, in order, from chr(256) on. The
+    two parts that a token was merged from are those to which byte-pair encoding comes before the last merge.
+    """
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    ordered = printable + [byte for byte in range(256) if byte not in printable]
+    spelling = {byte: chr(byte if i < 188 else 68 + i) for i, byte in enumerate(ordered)}
+    ranks = {tokenizer.decode_single_token_bytes(token): token for token in range(tokenizer.eot_token)}
+    parts_of = []
+    for token in ranks:
+        parts = [bytes([byte]) for byte in token]
+        while len(parts) > 2:
+            merged = [ranks.get(a + b, math.inf) for a, b in itertools.pairwise(parts)]
+            first = merged.index(min(merged))
+            parts[first : first + 2] = [parts[first] + parts[first + 1]]
+        parts_of.append(["".join(spelling[byte] for byte in part) for part in parts])
+    vocab = {"".join(parts): token for token, parts in enumerate(parts_of)} | {"<|endoftext|>": tokenizer.eot_token}
+    special = dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>")
+    merges = ["#version: 0.2", *(" ".join(parts) for parts in parts_of if len(parts) == 2)]
+    return {
+        "vocab.json": json.dumps(vocab),
+        "merges.txt": "\n".join(merges) + "\n",
+        "tokenizer_config.json": json.dumps({"tokenizer_class": "GPT2Tokenizer", "add_prefix_space": False} | special),
+    }
 
 
 def encode(tokenizer: tiktoken.Encoding, text: str) -> list[np.ndarray]:
@@ -214,188 +247,6 @@ def encode(tokenizer: tiktoken.Encoding, text: str) -> list[np.ndarray]:
     cuts = [match.end() - 1 for match in re.finditer(space, text)] if len(text) > 100_000 else []
     parts = [text[start:end] for start, end in itertools.pairwise([0, *cuts, len(text)])]
     return [tokenizer.encode_to_numpy(part, disallowed_special=()) for part in parts]
-
-
-# Text into tokens
-
-
-def read_batches(path: Path) -> Iterator[list[str | None]]:
-    """The documents of a file, always the same ones together: about a MiB of JSON lines, 1,000 rows of Parquet, or a
-    .txt, which is one document. Raises ValueError, with the place, for what is damaged or not valid Unicode."""
-    name, where = path.name.lower(), ""
-    try:
-        if name.endswith(".parquet"):
-            import pyarrow.parquet  # imported only where it is needed
-
-            file = pyarrow.parquet.ParquetFile(path)
-            types = [str(column.type) for column in file.schema_arrow if column.name == "text"]
-            if len(types) != 1 or "string" not in types[0]:
-                raise ValueError(f"it must have one column named text, of strings; it has {file.schema_arrow.names}")
-            for batch in file.iter_batches(1000, columns=["text"], use_threads=False):
-                yield batch["text"].to_pylist()
-        elif name.endswith(".txt"):
-            if path.stat().st_size > 1 << 30:
-                raise ValueError("a .txt is one document, of at most 1 GiB; make it a .jsonl, a document a line")
-            yield [path.read_bytes().decode()]
-        else:
-            first = 1
-            with gzip.open(path) if name.endswith(".gz") else open(path, "rb") as file:
-                while lines := file.readlines(1 << 20):
-                    texts = []
-                    for number, line in enumerate(lines, start=first):
-                        where = f", line {number},"
-                        texts.append(read_object(line, "it")["text"] if line.strip() else "")
-                        (texts[-1] or "").encode()  # JSON can spell half a character
-                    first += len(lines)
-                    yield texts
-    except Exception as error:  # of the file system, zlib, JSON, pyarrow, ...
-        raise ValueError(f"{path}{where} cannot be read: {error}") from error
-
-
-def tokenize(texts: list[str], tokenizer_name: str) -> np.ndarray:
-    """The tokens of documents, (n,) uint16, each that is neither empty nor None behind an <|endoftext|>."""
-    tokenizer, pieces = get_tokenizer(tokenizer_name), []
-    for text in filter(None, texts):
-        pieces += [np.array([tokenizer.eot_token], dtype=np.uint32), *encode(tokenizer, text)]
-    return np.concatenate(pieces or [[]], dtype=np.uint16, casting="unsafe")
-
-
-def work(connection: Connection, tokenizer_name: str) -> None:
-    """What a worker process does: tokenize what it is sent, until the main process has ended."""
-    with suppress(EOFError, OSError):
-        while True:
-            connection.send(tokenize(connection.recv(), tokenizer_name))
-
-
-def tokenize_in_order(
-    batches: Iterator[tuple[Any, list[str]]], tokenizer_name: str, workers: int
-) -> Iterator[tuple[Any, np.ndarray]]:
-    """
-    The tokens of each batch of documents, in order, with what came with the batch, by `workers` processes that are a
-    few batches ahead. Raises OSError when a worker was killed: each has a pipe of its own, which ends with it even in
-    the middle of a result, and a thread that waits for it.
-    """
-    if workers == 1:
-        yield from ((position, tokenize(texts, tokenizer_name)) for position, texts in batches)
-        return
-    context = multiprocessing.get_context("spawn")  # fork is not safe once a download thread runs
-    idle, processes = SimpleQueue(), []
-    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # which workers inherit: Ctrl-C is for the main process
-    for _ in range(workers):
-        ours, theirs = context.Pipe()
-        processes.append(context.Process(target=work, args=(theirs, tokenizer_name), daemon=True))
-        processes[-1].start()
-        theirs.close()
-        idle.put(ours)
-    signal.signal(signal.SIGINT, handler)
-
-    def tokenize_there(texts: list[str]) -> np.ndarray:
-        connection = idle.get()
-        try:
-            connection.send(texts)
-            return connection.recv()
-        except (EOFError, OSError) as error:
-            problem = "a worker process was killed (out of memory?)"
-            raise OSError(f"{problem}; run the same command again, with fewer --workers") from error
-        finally:
-            idle.put(connection)
-
-    pool, pending = ThreadPoolExecutor(workers), deque()
-    try:
-        for position, texts in batches:
-            pending.append((position, pool.submit(tokenize_there, texts)))
-            if len(pending) == 4 * workers:
-                position, future = pending.popleft()
-                yield position, future.result()
-        yield from ((position, future.result()) for position, future in pending)
-    finally:
-        for process in processes:
-            process.kill()
-        pool.shutdown(cancel_futures=True)
-
-
-# Shards
-
-
-def read_header(path: Path) -> int:
-    """The number of tokens in a shard. Raises ValueError if it is not a whole one."""
-    with open(path, "rb") as file:
-        magic, version, tokens = np.frombuffer(file.read(12).ljust(12, b"\0"), dtype="<i4").tolist()
-    if (magic, version) != (SHARD_MAGIC, SHARD_VERSION):
-        raise ValueError(f"{path} is not a token shard (its header is not that of llm.c's version {SHARD_VERSION})")
-    size, expected = path.stat().st_size, HEADER_BYTES + 2 * tokens
-    if tokens < 1 or size != expected:
-        raise ValueError(f"{path} is damaged: it has {size} bytes and should have {expected}")
-    return tokens
-
-
-class Split(NamedTuple):
-    """The shards of a split, cut into sequences of T + 1 tokens, the last of which begins the next sequence. What is
-    left at the end of a shard, less than a sequence, is not used."""
-
-    paths: list[Path]
-    tokens: list[int]  # in each shard
-    sha256: list[str]  # of each shard, by meta.json; empty for other programs' shards
-    first: np.ndarray  # (shards + 1,) int64: the index of each shard's first sequence, and the number of all
-    sequence_length: int  # T
-    vocab_size: int
-
-
-def read_meta(directory: Path) -> dict:
-    """What a data directory says of itself: at least "tokenizer" and "vocab_size". Shards without a meta.json are other
-    programs', with GPT-2's tokens. Raises FileNotFoundError when it is not there, ValueError when it is not ready."""
-    path = directory / "meta.json"
-    if not directory.is_dir():
-        source = f"--source {directory.name}" if directory.name in SOURCES else f"--input YOUR_TEXT --out {directory}"
-        raise FileNotFoundError(f"there is no {directory}; make it with: python prepare_data.py {source}")
-    if not path.exists():
-        if (directory / "progress.json").exists():
-            raise ValueError(f"{directory} is only partly prepared; run the same prepare_data.py command again")
-        return {"tokenizer": "gpt2", "vocab_size": VOCAB_SIZES["gpt2"]}
-    meta = read_json(path)
-    if VOCAB_SIZES.get(str(meta.get("tokenizer"))) != meta.get("vocab_size"):
-        raise ValueError(f"{path} is damaged: its tokenizer and vocab_size do not belong together")
-    return meta
-
-
-def open_split(directory: Path, name: str, sequence_length: int) -> Split:
-    """Find the shards `*name_*.bin`, or llm.c's `*_name.bin`, and check that they are whole by their headers. Raises
-    FileNotFoundError when there are none, ValueError when they are damaged or too small."""
-    meta = read_meta(directory)
-    paths = sorted(directory.glob(f"*{name}_*.bin")) or sorted(directory.glob(f"*_{name}.bin"))
-    if not paths:
-        raise FileNotFoundError(
-            f"{directory} has no {name}_*.bin; make them with prepare_data.py, or give other --data"
-        )
-    tokens, sha256 = [read_header(path) for path in paths], meta.get(name, {}).get("sha256", [])
-    if sha256 and len(sha256) != len(paths):
-        raise ValueError(f"{directory} has {len(paths)} {name} shards, and its meta.json names {len(sha256)}")
-    first = np.cumsum([0] + [(count - 1) // sequence_length for count in tokens], dtype=np.int64)
-    if first[-1] == 0:
-        kind = {"val": "validation", "train": "training"}[name]
-        raise ValueError(f"{directory} has too little {kind} data for {sequence_length:,}-token sequences")
-    return Split(paths, tokens, sha256, first, sequence_length, meta["vocab_size"])
-
-
-def read_sequences(split: Split, indices: np.ndarray) -> np.ndarray:
-    """The sequences with these indices: (n, T + 1) int64. Raises ValueError for what cannot be in a whole shard of this
-    vocabulary."""
-    T = split.sequence_length
-    sequences = np.empty((len(indices), T + 1), dtype=np.int64)
-    for row, index in enumerate(indices):
-        shard = int(np.searchsorted(split.first, index, side="right")) - 1
-        # A plain read: pages of a memory map would count as memory of this process, and pile up over an epoch.
-        with open(split.paths[shard], "rb", buffering=0) as file:
-            file.seek(HEADER_BYTES + 2 * T * int(index - split.first[shard]))
-            tokens = np.frombuffer(file.read(2 * (T + 1)), dtype="<u2")
-        if len(tokens) <= T:
-            raise ValueError(f"{split.paths[shard]} has become shorter while it was in use")
-        if (largest := tokens.max()) >= split.vocab_size:
-            raise ValueError(
-                f"{split.paths[shard]} holds token {largest}, outside the vocabulary of {split.vocab_size}"
-            )
-        sequences[row] = tokens
-    return sequences
 
 
 # Downloads
@@ -425,23 +276,16 @@ def get(url: str, first: int = 0) -> requests.Response:
     return response
 
 
-def reason(error: BaseException) -> str:
-    """The innermost cause of a network error, in a few words: requests wraps it three deep."""
-    while isinstance(inner := getattr(error, "reason", None) or (error.args[0] if error.args else None), BaseException):
-        error = inner
-    return f"{type(error).__name__}: {error}"
-
-
 def wait_or_raise(error: requests.RequestException, name: str, failures: int, most: int) -> None:
     """After a failed request, with so many in a row that brought nothing new: wait as long as the server asks, else
     half a second, one, two, ..., at most a minute. Raises OSError when another try is pointless or was one too many."""
     code = 0 if error.response is None else error.response.status_code
-    problem = f"the server answers {code}" if code else reason(error)
+    problem = f"the server answers {code}" if code else type(error).__name__
     if code in (401, 403):
         raise PermissionError(f"{name}: access refused ({code}); set HF_TOKEN to a token that has access")
     if failures >= most or (400 <= code < 500 and code not in (408, 416, 429)):
         raise OSError(f"{name} could not be fetched: {problem}; the same command continues the download")
-    print(f"{name}: {problem}; trying again", file=sys.stderr)
+    status(f"{name}: {problem}; trying again")
     after = error.response.headers.get("Retry-After", "") if code else ""
     time.sleep(min(60.0, float(after) if after.isdecimal() else 0.5 * 2**failures))
 
@@ -509,30 +353,6 @@ def download(file: RawFile, path: Path) -> Path:
     raise OSError(f"{file.name} was fetched twice, and both times its size or sha256 was not what {file.url} promises")
 
 
-def in_thread(function: Callable, *args: Any) -> Future:
-    """A call in a thread of its own, which does not keep the process from ending."""
-    future: Future = Future()
-
-    def run() -> None:
-        try:
-            future.set_result(function(*args))
-        except Exception as error:
-            future.set_exception(error)
-
-    Thread(target=run, daemon=True).start()
-    return future
-
-
-def fetch_in_order(files: list[RawFile], first: int, raw: Path) -> Iterator[tuple[int, Path]]:
-    """The index and local path of each file from `first` on. While one is in use, the next is fetched to `raw`."""
-    ahead = None
-    for index in range(first, len(files)):
-        path = (ahead or in_thread(download, files[index], raw / Path(files[index].name).name)).result()
-        if index + 1 < len(files):
-            ahead = in_thread(download, files[index + 1], raw / Path(files[index + 1].name).name)
-        yield index, path
-
-
 def model_directory(name_or_dir: str | Path) -> Path:
     """The directory of a model given by path or by name; OpenAI's models are fetched at their first use, by one process
     for all. Raises FileNotFoundError when there is no such model, ValueError when it is damaged, OSError when it cannot
@@ -553,6 +373,193 @@ def model_directory(name_or_dir: str | Path) -> Path:
                 if file.name in files:
                     download(file, directory / file.name)
     return directory
+
+
+# Text into tokens
+
+PART_BYTES = 1 << 21  # of a file, for a worker at a time
+
+
+def count_parts(file: RawFile) -> int:
+    """Into how many parts a file is cut, which are read one apart from the other. A .txt is one, being one document;
+    so is a .gz, which can only be read from its beginning."""
+    return -(-file.size // PART_BYTES) if file.name.lower().endswith((".parquet", ".jsonl")) else 1
+
+
+def read_texts(path: Path, part: int, parts: int) -> Iterator[str | None]:
+    """The documents of one of the parts of a file: the lines of JSON that begin in its bytes, or its share of a Parquet
+    file's row groups. Raises ValueError, with the place, for what is damaged or not valid Unicode."""
+    name, where = path.name.lower(), ""
+    try:
+        if name.endswith(".parquet"):
+            import pyarrow.parquet  # imported only where it is needed
+
+            file = pyarrow.parquet.ParquetFile(path)
+            types = [str(column.type) for column in file.schema_arrow if column.name == "text"]
+            if len(types) != 1 or "string" not in types[0]:
+                raise ValueError(f"it must have one column named text, of strings; it has {file.schema_arrow.names}")
+            begin, end = (n * file.num_row_groups // parts for n in (part, part + 1))
+            for batch in file.iter_batches(1000, range(begin, end), columns=["text"], use_threads=False):
+                yield from batch["text"].to_pylist()
+        elif name.endswith(".txt"):
+            if path.stat().st_size > 1 << 30:
+                raise ValueError("a .txt is one document, of at most 1 GiB; make it a .jsonl, a document a line")
+            yield path.read_bytes().decode()
+        else:
+            with gzip.open(path) if name.endswith(".gz") else open(path, "rb") as file:
+                if part > 0:  # the line that the byte before belongs to began in the part before
+                    file.seek(part * PART_BYTES - 1)
+                    file.readline()
+                while parts == 1 or file.tell() < (part + 1) * PART_BYTES:
+                    where = f", at byte {file.tell():,},"
+                    if not (line := file.readline()):
+                        break
+                    text = read_object(line, "it")["text"] if line.strip() else None
+                    (text or "").encode()  # JSON can spell half a character
+                    yield text
+    except Exception as error:  # of the file system, zlib, JSON, pyarrow, ...
+        raise ValueError(f"{path}{where} cannot be read: {error}") from error
+
+
+def tokenize(path: Path, part: int, parts: int, tokenizer_name: str, result: Path) -> Path:
+    """Write the tokens of a part, uint16, each document that is neither empty nor null behind an <|endoftext|>."""
+    tokenizer, pieces = get_tokenizer(tokenizer_name), []
+    for text in filter(None, read_texts(path, part, parts)):
+        pieces += [np.array([tokenizer.eot_token], dtype=np.uint32), *encode(tokenizer, text)]
+    result.write_bytes(np.concatenate(pieces or [[]], dtype=np.uint16, casting="unsafe"))
+    return result
+
+
+def tokenize_in_order(
+    files: list[RawFile], parts: list[tuple[int, int]], raw: Path, tokenizer_name: str, workers: int
+) -> Iterator[np.ndarray]:
+    """
+    The tokens of each of the parts, (index of its file, number in that file), in order. Worker processes are a few
+    parts ahead, and one of them fetches the next file to `raw`. Raises OSError when a worker was killed. What they send
+    through the pipe that they share is too short to be cut in two by that: the tokens come in files.
+    """
+    pool = ProcessPoolExecutor(workers + 1, multiprocessing.get_context("spawn"))
+
+    def submit(*call: Any) -> Future:
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])  # which workers inherit: Ctrl-C is for this process
+        future = pool.submit(*call)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
+        return future
+
+    @cache
+    def fetch(index: int) -> Future:
+        return submit(download, files[index], raw / Path(files[index].name).name)
+
+    raw.mkdir(parents=True, exist_ok=True)
+    pending: deque[Future] = deque()
+    try:
+        for index, part in parts:
+            path = fetch(index).result()
+            if index + 1 < len(files):
+                fetch(index + 1)
+            result = raw / f"{index}_{part}.tokens"
+            pending.append(submit(tokenize, path, part, count_parts(files[index]), tokenizer_name, result))
+            if len(pending) == 4 * workers:
+                yield read_and_remove(pending.popleft().result())
+        while pending:
+            yield read_and_remove(pending.popleft().result())
+    except BrokenProcessPool as error:
+        problem = "a worker process was killed (out of memory?)"
+        raise OSError(f"{problem}; run the same command again, with fewer --workers") from error
+    finally:
+        for process in multiprocessing.active_children():
+            process.kill()
+        pool.shutdown(cancel_futures=True)
+
+
+def read_and_remove(path: Path) -> np.ndarray:
+    tokens = np.fromfile(path, dtype=np.uint16)
+    path.unlink()
+    return tokens
+
+
+# Shards
+
+
+def read_header(path: Path) -> int:
+    """The number of tokens in a shard. Raises ValueError if it is not a whole one."""
+    with open(path, "rb") as file:
+        magic, version, tokens = np.frombuffer(file.read(12).ljust(12, b"\0"), dtype="<i4").tolist()
+    if (magic, version) != (SHARD_MAGIC, SHARD_VERSION):
+        raise ValueError(f"{path} is not a token shard (its header is not that of llm.c's version {SHARD_VERSION})")
+    size, expected = path.stat().st_size, HEADER_BYTES + 2 * tokens
+    if tokens < 1 or size != expected:
+        raise ValueError(f"{path} is damaged: it has {size} bytes and should have {expected}")
+    return tokens
+
+
+class Split(NamedTuple):
+    """The shards of a split, cut into sequences of T + 1 tokens, the last of which begins the next sequence. What is
+    left at the end of a shard, less than a sequence, is not used."""
+
+    paths: list[Path]
+    tokens: list[int]  # in each shard
+    sha256: list[str]  # of each shard, by meta.json; empty for other programs' shards
+    first: np.ndarray  # (shards + 1,) int64: the index of each shard's first sequence, and the number of all
+    sequence_length: int  # T
+    vocab_size: int
+
+
+def read_meta(directory: Path) -> dict:
+    """What a data directory says of itself: at least "tokenizer" and "vocab_size". Shards without a meta.json are other
+    programs', with GPT-2's tokens. Raises FileNotFoundError when it is not there, ValueError when it is not ready."""
+    path = directory / "meta.json"
+    if not directory.is_dir():
+        source = f"--source {directory.name}" if directory.name in SOURCES else f"--input YOUR_TEXT --out {directory}"
+        raise FileNotFoundError(f"there is no {directory}; make it with: python prepare_data.py {source}")
+    if not path.exists():
+        return {"tokenizer": "gpt2", "vocab_size": VOCAB_SIZES["gpt2"]}
+    meta = read_json(path)
+    if not meta["complete"]:
+        raise ValueError(f"{directory} is only partly prepared; run the same prepare_data.py command again")
+    if VOCAB_SIZES.get(str(meta.get("tokenizer"))) != meta.get("vocab_size"):
+        raise ValueError(f"{path} is damaged: its tokenizer and vocab_size do not belong together")
+    return meta
+
+
+def open_split(directory: Path, name: str, sequence_length: int) -> Split:
+    """Find the shards `*name_*.bin`, or llm.c's `*_name.bin`, and check that they are whole by their headers. Raises
+    FileNotFoundError when there are none, ValueError when they are damaged or too small."""
+    meta = read_meta(directory)
+    paths = sorted(directory.glob(f"*{name}_*.bin")) or sorted(directory.glob(f"*_{name}.bin"))
+    if not paths:
+        raise FileNotFoundError(
+            f"{directory} has no {name}_*.bin; make them with prepare_data.py, or give other --data"
+        )
+    tokens, sha256 = [read_header(path) for path in paths], meta.get(name, {}).get("sha256", [])
+    if sha256 and len(sha256) != len(paths):
+        raise ValueError(f"{directory} has {len(paths)} {name} shards, and its meta.json names {len(sha256)}")
+    first = np.cumsum([0] + [(count - 1) // sequence_length for count in tokens], dtype=np.int64)
+    if first[-1] == 0:
+        kind = {"val": "validation", "train": "training"}[name]
+        raise ValueError(f"{directory} has too little {kind} data for {sequence_length:,}-token sequences")
+    return Split(paths, tokens, sha256, first, sequence_length, meta["vocab_size"])
+
+
+def read_sequences(split: Split, indices: np.ndarray) -> np.ndarray:
+    """The sequences with these indices: (n, T + 1) int64. Raises ValueError for what cannot be in a whole shard of this
+    vocabulary."""
+    T = split.sequence_length
+    sequences = np.empty((len(indices), T + 1), dtype=np.int64)
+    for row, index in enumerate(indices):
+        shard = int(np.searchsorted(split.first, index, side="right")) - 1
+        # A plain read: pages of a memory map would count as memory of this process, and pile up over an epoch.
+        with open(split.paths[shard], "rb", buffering=0) as file:
+            file.seek(HEADER_BYTES + 2 * T * int(index - split.first[shard]))
+            tokens = np.frombuffer(file.read(2 * (T + 1)), dtype="<u2")
+        if len(tokens) <= T:
+            raise ValueError(f"{split.paths[shard]} has become shorter while it was in use")
+        if (largest := tokens.max()) >= split.vocab_size:
+            raise ValueError(
+                f"{split.paths[shard]} holds token {largest}, outside the vocabulary of {split.vocab_size}"
+            )
+        sequences[row] = tokens
+    return sequences
 
 
 # Corpora and evaluation sets
@@ -612,99 +619,94 @@ def list_corpus(settings: dict) -> list[RawFile]:
 
 
 def read_progress(path: Path, settings: dict) -> dict | None:
-    """What meta.json or progress.json holds, None where there is no such file, or no shard yet. Raises ValueError if it
-    was written with other settings."""
-    progress = read_json(path) if path.exists() else None
-    if progress is None or progress["train"]["tokens"] + progress["val"]["tokens"] == 0:
+    """What meta.json holds, None where there is none, or no shard yet. Raises ValueError if it was written with other
+    settings."""
+    meta = read_json(path) if path.exists() else None
+    if meta is None or meta["train"]["tokens"] + meta["val"]["tokens"] == 0:
         return None
-    before = progress["settings"]
-    changed = {key: before.get(key) for key in settings if before.get(key) != settings[key]}
+    before = meta["settings"]
+    changed = [
+        f"{key} was {before.get(key)} and is now {now}" for key, now in settings.items() if before.get(key) != now
+    ]
     if changed:
-        differences = "; ".join(f"{key} was {value} and is now {settings[key]}" for key, value in changed.items())
-        raise ValueError(f"{path.parent} was prepared with other settings: {differences}; give another --out")
-    return progress
+        problem = f"{path.parent} was prepared with other settings"
+        raise ValueError(f"{problem}: {'; '.join(changed)}; give another --out")
+    return meta
 
 
-def next_shard(progress: dict, settings: dict) -> tuple[str, int]:
+def next_shard(meta: dict) -> tuple[str, int]:
     """The split that the next token belongs to, and the tokens that its next shard can hold: 0 for no more shards."""
-    val, train = (progress[split]["tokens"] for split in ("val", "train"))
+    settings, val, train = meta["settings"], meta["val"]["tokens"], meta["train"]["tokens"]
     if val < settings["val_tokens"]:
         return "val", min(settings["shard_tokens"], settings["val_tokens"] - val)
-    room = settings["max_tokens"] - val - train if settings["max_tokens"] else settings["shard_tokens"]
-    return "train", min(settings["shard_tokens"], room)
+    return "train", min(settings["shard_tokens"], (settings["max_tokens"] or sys.maxsize) - val - train)
 
 
-def add_shard(out: Path, progress: dict, split: str, pieces: list[np.ndarray], position: list[int]) -> None:
+def add_shard(out: Path, meta: dict, split: str, pieces: list[np.ndarray], position: list[int]) -> None:
     """Write a shard, and then what the splits now hold and the position of the first token that is in no shard yet: its
-    file, batch in that file, and place in that batch."""
-    tokenizer, counts = get_tokenizer(progress["settings"]["tokenizer"]), progress[split]
+    part among all, and its place there."""
+    tokenizer, counts = get_tokenizer(meta["tokenizer"]), meta[split]
     sizes = token_bytes(tokenizer)
     header, total = np.zeros(HEADER_BYTES // 4, dtype="<i4"), sum(map(len, pieces))
     header[:3] = SHARD_MAGIC, SHARD_VERSION, total
-    data = (np.ascontiguousarray(piece, dtype="<u2") for piece in pieces)
-    digest = write_atomically(out / f"{split}_{counts['shards']:06d}.bin", [header, *data])
-    progress["position"] = position
-    progress[split] = {
+    path = out / f"{split}_{counts['shards']:06d}.bin"
+    digest = write_atomically(path, [header, *(np.ascontiguousarray(piece, dtype="<u2") for piece in pieces)])
+    meta["position"] = position
+    meta[split] = {
         "shards": counts["shards"] + 1,
         "documents": counts["documents"] + sum(int((piece == tokenizer.eot_token).sum()) for piece in pieces),
         "tokens": counts["tokens"] + total,
         "bytes": counts["bytes"] + sum(int(sizes[piece].sum(dtype=np.int64)) for piece in pieces),
         "sha256": [*counts["sha256"], digest],
     }
-    write_json(out / "progress.json", progress)
+    write_json(out / "meta.json", meta)
+    say(f"{path}: {total:,} tokens")
 
 
 def prepare(settings: dict, files: list[RawFile], out: Path, workers: int) -> dict:
     """Prepare `out` as `settings` say, or continue that; returns the content of its meta.json."""
-    if meta := read_progress(out / "meta.json", settings):
+    meta, raw = read_progress(out / "meta.json", settings), out / "raw"
+    if meta and meta["complete"]:
         say(f"{out} is already prepared")
         return meta
-    progress, raw = read_progress(out / "progress.json", settings), out / "raw"
-    if not (out / "progress.json").exists() and any(out.glob("*.bin")):
+    if not (out / "meta.json").exists() and any(out.glob("*.bin")):
         raise FileExistsError(f"{out} holds shards that were not prepared by this script; give another --out")
-    get_tokenizer(settings["tokenizer"])  # a missing one is noticed here, not in the workers
-    if progress is None:
+    tokenizer = settings["tokenizer"]
+    get_tokenizer(tokenizer)  # a missing one is noticed here, not in the workers
+    if meta is None:
         nothing = {"shards": 0, "documents": 0, "tokens": 0, "bytes": 0, "sha256": []}
-        progress = {"settings": settings, "position": [0, 0, 0], "train": nothing, "val": nothing}
-        progress["files"] = files or list_corpus(settings)  # once: a hub may list more later
-        write_json(out / "progress.json", progress)
-    files = files or [RawFile(*file) for file in progress["files"]]
+        meta = {"tokenizer": tokenizer, "vocab_size": VOCAB_SIZES[tokenizer], "source": settings["source"]}
+        meta |= {"train": nothing, "val": nothing, "settings": settings, "complete": False, "position": [0, 0]}
+        meta["files"] = files or list_corpus(settings)  # once: a hub may list more later
+        write_json(out / "meta.json", meta)
+    files = files or [RawFile(*file) for file in meta["files"]]
 
-    *start, skip = progress["position"]
-    batches = (
-        ((index, number), texts)
-        for index, path in fetch_in_order(files, start[0], raw)
-        for number, texts in enumerate(read_batches(path))
-        if [index, number] >= start
-    )
-    done = resumed = progress["train"]["tokens"] + progress["val"]["tokens"]
-    pieces, (split, room), began = [], next_shard(progress, settings), time.monotonic()
-    with closing(tokenize_in_order(batches, settings["tokenizer"], workers)) as stream:
-        for position, tokens in stream:
-            used = skip if list(position) == start else 0
+    parts = [(index, part) for index, file in enumerate(files) for part in range(count_parts(file))]
+    first, skip = meta["position"]
+    done = resumed = meta["train"]["tokens"] + meta["val"]["tokens"]
+    pieces, (split, room), began = [], next_shard(meta), time.monotonic()
+    with closing(tokenize_in_order(files, parts[first:], raw, tokenizer, workers)) as stream:
+        for number, tokens in enumerate(stream, start=first):
+            used = skip if number == first else 0
             while used < len(tokens) and room:
                 pieces.append(tokens[used : used + room])
                 used, room, done = used + len(pieces[-1]), room - len(pieces[-1]), done + len(pieces[-1])
                 if room == 0:
-                    add_shard(out, progress, split, pieces, [*position, used])
-                    for file in files[: position[0]]:  # all of whose tokens are in shards
+                    add_shard(out, meta, split, pieces, [number, used])
+                    for file in files[: parts[number][0]]:  # all of whose tokens are in shards
                         (raw / Path(file.name).name).unlink(missing_ok=True)
-                    pieces, (split, room) = [], next_shard(progress, settings)
+                    pieces, (split, room) = [], next_shard(meta)
             rate = (done - resumed) / (time.monotonic() - began)
-            status(f"{done / 1e6:,.1f}M tokens | file {position[0] + 1} of {len(files)} | {rate:,.0f} tokens/s")
+            status(f"{done / 1e6:,.1f}M tokens | part {number + 1:,} of {len(parts):,} | {rate:,.0f} tokens/s")
             if room == 0:
                 break
     if pieces:
-        add_shard(out, progress, split, pieces, [*position, used])
-    if progress["train"]["tokens"] == 0:
-        problem = (
-            f"all of its {done:,} tokens go to the validation split; lower --val-tokens" if done else "it is empty"
-        )
+        add_shard(out, meta, split, pieces, [len(parts), 0])
+    if meta["train"]["tokens"] == 0:
+        problem = f"all {done:,} tokens of it go to the validation split; lower --val-tokens" if done else "it is empty"
         raise ValueError(f"there is no text to train on in {', '.join(file.name for file in files)}: {problem}")
-    meta = {"tokenizer": settings["tokenizer"], "vocab_size": VOCAB_SIZES[settings["tokenizer"]]}
-    meta |= {"source": settings["source"], "train": progress["train"], "val": progress["val"], "settings": settings}
+    meta["complete"] = True
     write_json(out / "meta.json", meta)
-    (out / "progress.json").unlink()
     shutil.rmtree(raw, ignore_errors=True)
     return meta
 
@@ -748,9 +750,7 @@ def prepare_source(source: str | None, args: argparse.Namespace) -> None:
             val_tokens = min(10**7, tenth) if files else 10**8
             val_tokens = min(val_tokens, (args.max_tokens or sys.maxsize) // 10)
         if args.max_tokens and val_tokens >= args.max_tokens:
-            raise ValueError(
-                f"--val-tokens {val_tokens:,} leaves nothing of --max-tokens {args.max_tokens:,} to train on"
-            )
+            raise ValueError(f"--val-tokens {val_tokens:,} must be less than --max-tokens {args.max_tokens:,}")
         settings = {
             "source": [[Path(file.name).name, file.size, file.sha256] for file in files] if args.input else source,
             "subset": args.subset if source in HUB_DATASETS else None,

@@ -20,19 +20,27 @@ from pathlib import Path
 import tiktoken
 import torch
 
-from model import DEVICES, DTYPES, center_logits, choose_device, choose_dtype, generate, load_model, read_config
-from prepare_data import fail, get_tokenizer, model_directory, number, prepare_streams
+from model import (
+    DEVICES,
+    DTYPES,
+    center_logits,
+    choose_device,
+    choose_dtype,
+    generate,
+    load_model,
+    parameter_count,
+    read_config,
+)
+from prepare_data import checkpoints, fail, get_tokenizer, model_directory, number, prepare_streams, status
 
 
 def newest_checkpoint(out: Path) -> Path:
     """The last checkpoint of the run that was written to last, in `out` or a directory in it. Raises FileNotFoundError
     when there is none."""
-    found = [path for path in (*out.glob("step_*"), *out.glob("*/step_*")) if (path / "config.json").exists()]
-    found = [path for path in found if path.name[5:].isdecimal()]  # not one that is still being written
+    found = [path for run in (out, *out.glob("*/")) for path in checkpoints(run)]
     if not found:
-        raise FileNotFoundError(f"there is no checkpoint under {out}/; train one with train.py, or give --model gpt2")
-    run = max((path.parent for path in found), key=lambda path: path.stat().st_mtime)
-    return max((path for path in found if path.parent == run), key=lambda path: int(path.name[5:]))
+        raise FileNotFoundError(f"there is no checkpoint in {out.absolute()}; train one, or give --model gpt2")
+    return max(found, key=lambda path: (path.parent.stat().st_mtime, int(path.name[5:])))
 
 
 class Decoder:
@@ -63,6 +71,8 @@ def sample(args: argparse.Namespace) -> None:
     directory, device = model_directory(args.model or newest_checkpoint(Path("out"))), choose_device(args.device)
     tokenizer = get_tokenizer(read_config(directory)[1])
     model = center_logits(load_model(directory)).to(device, choose_dtype(args.dtype, device))
+    status("")
+    print(f"{directory}: {parameter_count(model):,} parameters, {device}", file=sys.stderr)
     generator = torch.Generator(device).manual_seed(args.seed)
     for prompt in read_prompts(args):
         tokens = tokenizer.encode(prompt, allowed_special="all") or [tokenizer.eot_token]  # with none, a new document
@@ -90,7 +100,7 @@ def sample(args: argparse.Namespace) -> None:
         # The rate is that after the first tokens, which wait for the prompt, and perhaps for compiling.
         rest = times[2:] or times
         rate = (len(rest) - 1) * args.num_samples / (rest[-1] - rest[0]) if len(rest) > 1 else 0
-        print(f"{directory}: {len(times) * args.num_samples} tokens, {rate:.1f} tokens/s", file=sys.stderr)
+        print(f"{len(times) * args.num_samples} tokens, {rate:.1f} tokens/s", file=sys.stderr)
 
 
 def main(argv: list[str] | None = None) -> None:

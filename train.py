@@ -15,13 +15,13 @@ import argparse
 import json
 import math
 import os
-import re
 import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import lru_cache, partial
 from importlib.util import find_spec
@@ -127,7 +127,6 @@ def parse_args(parser: argparse.ArgumentParser, argv: list[str] | None) -> tuple
 
 def check_config(config: TrainConfig) -> None:
     """Raise ValueError for an impossible setting, or a batch that cannot be cut as asked."""
-    world_size = max(1, int(os.environ.get("WORLD_SIZE", "1")))
     for name, choices in {"model": MODEL_SIZES, "dtype": gpt.DTYPES, "device": gpt.DEVICES}.items():
         if getattr(config, name) not in choices:
             raise ValueError(f"--{name} must be one of {', '.join(choices)}, not {getattr(config, name)}")
@@ -135,13 +134,11 @@ def check_config(config: TrainConfig) -> None:
         raise ValueError("--data and --out must name a directory")
     if config.min_lr > config.max_lr:
         raise ValueError(f"--min-lr ({config.min_lr}) must not be more than --max-lr ({config.max_lr})")
+    world_size = max(1, int(os.environ.get("WORLD_SIZE", "1")))
     T, B, total = config.sequence_length, max(1, config.micro_batch_size), config.total_batch_tokens
-    if (rest := total % (T * B * world_size)) and not config.eval_only:
-        nearest = " or ".join(str(n) for n in (total - rest, total - rest + T * B * world_size) if n)
-        raise ValueError(
-            f"--total-batch-tokens {total} cannot be cut into micro-batches of {B} sequences of {T} tokens on "
-            f"{world_size} devices; nearest valid values: {nearest}"
-        )
+    if total % (T * B * world_size) and not config.eval_only:
+        parts = f"{world_size} devices x micro-batches of {B} x sequences of {T} tokens"
+        raise ValueError(f"--total-batch-tokens {total} must be a multiple of {T * B * world_size}: {parts}")
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:
@@ -201,10 +198,9 @@ def gather_objects(value: Any) -> list:
     return values
 
 
-@contextmanager
-def noted_signals() -> Iterator[list[int]]:
-    """A list that SIGTERM and SIGINT are added to, instead of ending the process. A second signal more than a second
-    later ends it at once; within that second, torchrun and a scheduler may both send the first."""
+def note_signals() -> list[int]:
+    """A list that SIGTERM and SIGINT are added to from now on, instead of ending the process. A second signal more than
+    a second later ends it at once; within that second, torchrun and a scheduler may both send the first."""
     noted, times = [], []
 
     def note(signum: int, frame: object) -> None:
@@ -215,12 +211,9 @@ def noted_signals() -> Iterator[list[int]]:
         if len(noted) == 1 and os.environ.get("RANK", "0") == "0":  # by os.write: a print may be under way
             os.write(2, b"\nfinishing this update, then writing a checkpoint; once more: stop at once, without one\n")
 
-    handlers = {signum: signal.signal(signum, note) for signum in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield noted
-    finally:
-        for signum, handler in handlers.items():
-            signal.signal(signum, handler)
+    signal.signal(signal.SIGTERM, note)
+    signal.signal(signal.SIGINT, note)
+    return noted
 
 
 # The data and its order
@@ -268,12 +261,6 @@ def check_shards(split: Split, job: Job) -> list[str]:
 # Checkpoints and the log
 
 
-def checkpoints(out: Path) -> list[Path]:
-    """The checkpoints in a directory, oldest first."""
-    found = [path for path in out.glob("step_*") if re.fullmatch(r"step_\d{6,}", path.name)]
-    return sorted(found, key=lambda path: int(path.name[5:]))
-
-
 def save_checkpoint(out: Path, step: int, model: GPT, trainer: dict, tokenizer: str, keep: int) -> None:
     """Write `step_NNNNNN`, under another name until it is whole and on disk, then remove all but the newest `keep`.
     Raises OSError when it cannot be written."""
@@ -282,6 +269,8 @@ def save_checkpoint(out: Path, step: int, model: GPT, trainer: dict, tokenizer: 
     shutil.rmtree(part, ignore_errors=True)
     try:
         gpt.save_model(model, part, tokenizer)
+        for name, text in files.tokenizer_files(files.get_tokenizer(tokenizer)).items():
+            (part / name).write_text(text, encoding="utf-8")
         torch.save(trainer, part / "trainer.pt")
         files.write_checksums(part)
         for path in (out / "metrics.jsonl", *part.iterdir(), part):  # the log first: it is never behind a checkpoint
@@ -292,7 +281,7 @@ def save_checkpoint(out: Path, step: int, model: GPT, trainer: dict, tokenizer: 
     shutil.rmtree(final, ignore_errors=True)  # a damaged one that was passed over
     part.rename(final)
     files.synchronize(out)
-    for old in checkpoints(out)[:-keep] if keep else []:
+    for old in files.checkpoints(out)[:-keep] if keep else []:
         shutil.rmtree(old)
 
 
@@ -309,7 +298,7 @@ def find_source(config: TrainConfig) -> tuple[Path | None, bool]:
     """The directory to take the weights from (None for a new model), and whether to resume from it. Damaged checkpoints
     are named and passed over. Raises FileExistsError for a run that is there and not to be resumed, FileNotFoundError
     for weights that are not there, ValueError for damaged ones."""
-    out, found = Path(config.out), checkpoints(Path(config.out))
+    out, found = Path(config.out), files.checkpoints(Path(config.out))
     begun = found or any("train_loss" in entry for entry in read_log(out / "metrics.jsonl"))
     if begun and not config.resume and not config.eval_only:
         raise FileExistsError(f"{out} already holds a run; continue it with --resume, or give another --out")
@@ -330,19 +319,13 @@ def find_source(config: TrainConfig) -> tuple[Path | None, bool]:
 def resumed_config(config: TrainConfig, given: dict[str, Any], checkpoint: Path, saved: dict[str, Any]) -> TrainConfig:
     """The settings of a checkpoint, with those of the command line that may change. Raises ValueError for others."""
     fixed = {item.name for item in fields(config) if item.metadata["fixed"]}
-    changed = {name: value for name, value in given.items() if name in fixed and value != saved.get(name)}
+    changed = [name for name, value in given.items() if name in fixed and value != saved.get(name)]
     if changed:
-        differences = [f"--{n.replace('_', '-')} was {saved.get(n)} and is now {v}" for n, v in changed.items()]
+        differences = [f"--{n.replace('_', '-')} was {saved.get(n)} and is now {given[n]}" for n in changed]
         raise ValueError(f"{checkpoint} is from another run: {'; '.join(differences)}")
-    kept = saved.keys() & asdict(config).keys() - {
-        "out",
-        "device",
-        "micro_batch_size",
-        "init_from",
-        "resume",
-        "eval_only",
-    }
-    return replace(config, **({name: saved[name] for name in kept} | given))
+    kept = {item.name: saved[item.name] for item in fields(config) if item.name in saved}
+    here = {"out": config.out, "resume": True, "micro_batch_size": config.micro_batch_size}
+    return replace(config, **(kept | given | here))
 
 
 def read_log(path: Path) -> list[dict]:
@@ -365,23 +348,25 @@ def open_log(path: Path, step: int) -> TextIO:
     return open(path, "a", encoding="utf-8", buffering=1)
 
 
-def describe(entry: dict, seconds_left: float = 0, published: dict[str, float] | None = None) -> str:
-    """An entry of the log for the terminal, within 80 columns: an update on one line; an evaluation as a table, with
-    what is published of a model of this shape beside it."""
+def clock(seconds: float) -> str:
+    return f"{seconds // 3600:.0f}:{seconds // 60 % 60:02.0f}:{seconds % 60:02.0f}"
+
+
+def describe(entry: dict, seconds_left: float = 0) -> str:
+    """An entry of the log for the terminal, within 80 columns: an update on one line; an evaluation as a table."""
     if "train_loss" in entry:
-        rate, left = entry["tokens_per_second"], int(seconds_left)
+        rate = entry["tokens_per_second"]
         speed = f"{rate / 1000:,.0f}k tok/s" if rate >= 1e5 else f"{rate:,.0f} tok/s"
         speed += f"  mfu {entry['mfu']:.0%}" if "mfu" in entry else ""
         update = (
             f"step {entry['step']}  loss {entry['train_loss']:.4f}  lr {entry['lr']:.1e}  norm {entry['grad_norm']:.2f}"
         )
-        return f"{update}  {speed}  {left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}"
+        return f"{update}  {speed}  {clock(seconds_left)}"
     lines = [f"step {entry['step']}  evaluation" if "step" in entry else f"evaluation of {entry['evaluated']}"]
     for name, value in entry.items():
         if isinstance(value, float) and not name.endswith("_se"):
             error = f" ± {entry[f'{name}_se']:.4f}" if entry.get(f"{name}_se") else ""
-            beside = f"   published: {published[name]}" if name in (published or {}) else ""
-            lines.append(f"  {name:20} {value:10.4f}{error}{beside}")
+            lines.append(f"  {name:20} {value:10.4f}{error}")
     return "\n".join(lines)
 
 
@@ -399,12 +384,10 @@ def sample_text(model: GPT, tokenizer_name: str, seed: int, device: torch.device
 # Of OpenAI's weights, by the notebooks of build-nanogpt (play.ipynb) and llm.c (vislog.ipynb), which do not name their
 # precision; build-nanogpt's hellaswag.py says 0.2955 and 0.4893. The losses are on those projects' validation shards.
 PUBLISHED = {
-    ("hellaswag_acc_norm", "gpt2"): 0.2945,
-    ("hellaswag_acc_norm", "gpt2-medium"): 0.3752,
-    ("hellaswag_acc_norm", "gpt2-large"): 0.4320,
-    ("hellaswag_acc_norm", "gpt2-xl"): 0.4889,
-    ("val_loss", "gpt2", "fineweb-edu"): 3.2924,
-    ("val_loss", "gpt2", "fineweb"): 3.4250,
+    "gpt2": "hellaswag_acc_norm 0.2945; val_loss 3.2924 on fineweb-edu, 3.4250 on fineweb",
+    "gpt2-medium": "hellaswag_acc_norm 0.3752",
+    "gpt2-large": "hellaswag_acc_norm 0.4320",
+    "gpt2-xl": "hellaswag_acc_norm 0.4889",
 }
 
 
@@ -480,8 +463,10 @@ def score(
         batches.append(order[:size])
         order = order[size:]
     scores, results, mine = torch.zeros(2, len(rows)).double(), [], batches[job.rank :: job.world_size]
+    began = time.monotonic()
     for done, batch in enumerate(mine):
-        status(f"evaluating {name}: {done / len(mine):.0%}")
+        left = (time.monotonic() - began) * (len(mine) - done) / max(1, done)
+        status(f"evaluating {name}: {done / len(mine):.0%}{f', {clock(left)} left' if done else ''}")
         T = len(rows[batch[0]]) - 1
         tokens, targets = np.zeros((len(batch), T), dtype=np.int64), np.full((len(batch), T), -1)
         for i, index in enumerate(batch):
@@ -548,15 +533,6 @@ def build_model(config: TrainConfig, source: Path | None, meta: dict) -> GPT:
     return gpt.load_model(source, config.dropout)
 
 
-def divide_optimizer(optimizer: torch.optim.AdamW) -> torch.optim.Optimizer:
-    """The same optimizer with its state divided among the ranks, before it has any."""
-    from torch.distributed.optim import ZeroRedundancyOptimizer  # slow to import
-
-    groups = [{"params": group["params"], "weight_decay": group["weight_decay"]} for group in optimizer.param_groups]
-    settings = {name: optimizer.defaults[name] for name in ("lr", "betas", "eps", "fused")}
-    return ZeroRedundancyOptimizer(groups, torch.optim.AdamW, **settings)
-
-
 def restore_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
     """Load a checkpoint's state. ZeroRedundancyOptimizer puts "step" on the CPU, where fused AdamW does not want it."""
     optimizer.load_state_dict(state)
@@ -606,9 +582,14 @@ def train(config: TrainConfig, given: dict[str, Any] | None = None) -> int:
     if resuming:
         config = resumed_config(config, asdict(config) if given is None else given, source, state["config"])
         check_config(config)
+    status(f"reading {source or config.data}")
     data, T, evaluates = Path(config.data), config.sequence_length, config.eval_every > 0 or config.eval_only
     meta, val_split = files.read_meta(data), files.open_split(data, "val", T) if evaluates else None
     split = val_split if config.eval_only else files.open_split(data, "train", T)
+    tokens, whole = sum(split.tokens), T * int(split.first[-1])
+    if config.total_batch_tokens > whole and not config.eval_only:
+        problem = f"an update of {config.total_batch_tokens:,} tokens is more than all {whole:,} of {data}"
+        raise ValueError(f"{problem}; take --preset small, or a smaller --total-batch-tokens")
     files.get_tokenizer(meta["tokenizer"])  # one that cannot be fetched is noticed now
     if config.tensorboard:
         from torch.utils.tensorboard import SummaryWriter
@@ -637,17 +618,15 @@ def train(config: TrainConfig, given: dict[str, Any] | None = None) -> int:
             cut = log.exists() and not log.read_bytes().endswith(b"\n")
             with open(log, "a", encoding="utf-8") as file:
                 file.write("\n" * cut + json.dumps(entry) + "\n")
-            sizes = [size for size, shape in MODEL_SIZES.items() if shape == replace(model.config, dropout=0.0)]
-            known = {
-                key[0]: figure for key, figure in PUBLISHED.items() if {*key[1:]} <= {*sizes, str(meta.get("source"))}
-            }
-            say(describe(entry, published=known))
+            say(describe(entry))
+            for size, figures in PUBLISHED.items():
+                if MODEL_SIZES[size] == replace(model.config, dropout=0.0):
+                    say(f"published for {size}: {figures}")
         return 0
 
     # The optimizer, and what a checkpoint says of it
-    optimizer = gpt.configure_optimizer(model, config.max_lr, config.weight_decay, BETAS)
-    if config.zero and job.world_size > 1:
-        optimizer = divide_optimizer(optimizer)
+    zero = config.zero and job.world_size > 1
+    optimizer = gpt.configure_optimizer(model, config.max_lr, config.weight_decay, BETAS, zero)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     step, losses, size = 0, [], config.micro_batch_size
     if resuming:
@@ -669,9 +648,9 @@ def train(config: TrainConfig, given: dict[str, Any] | None = None) -> int:
         # A pass for nothing: the first update's rate is then without compiling, and DistributedDataParallel, which
         # after its first backward sums gradients in another order, has that behind it when a resumed run begins.
         status("compiling" if compiles else "connecting")
-        tokens = torch.zeros(config.micro_batch_size, T, dtype=torch.int64, device=device)
+        nothing = torch.zeros(config.micro_batch_size, T, dtype=torch.int64, device=device)
         with autocast:
-            runner(tokens, tokens.clone()).backward()  # two tensors, as in an update: else it is compiled again
+            runner(nothing, nothing.clone()).backward()  # two tensors, as in an update: else it is compiled again
         optimizer.zero_grad(set_to_none=True)
 
     # The log
@@ -691,77 +670,81 @@ def train(config: TrainConfig, given: dict[str, Any] | None = None) -> int:
     def due(every: int) -> bool:
         return step == config.steps or (every > 0 and step % every == 0)
 
-    tokens, passes = sum(split.tokens), config.total_batch_tokens // (T * config.micro_batch_size * job.world_size)
-    epochs = config.steps * config.total_batch_tokens / tokens
-    say(f"{gpt.parameter_count(model):,} parameters, {tokens:,} tokens, {epochs:.3g} epochs")
-    say(f"{config.steps:,} updates of {passes} x {job.world_size} micro-batches of {config.micro_batch_size}")
-    how = f"{job.world_size} x {device.type}, {str(dtype)[6:]}{', compiled' if compiles else ', not compiled'}"
-    say(f"{how}; {'resuming' if resuming else 'starting'} from {source or 'scratch'}")
+    shape, passes = model.config, config.total_batch_tokens // (T * config.micro_batch_size * job.world_size)
+    begins, epochs = (
+        f"{'resumed' if resuming else 'started'} from {source or 'scratch'}",
+        config.steps * config.total_batch_tokens / tokens,
+    )
+    say(f"{shape.n_layer} layers of {shape.n_embd}, {gpt.parameter_count(model):,} parameters, {begins}")
+    say(f"{tokens:,} tokens; {config.steps:,} updates of {config.total_batch_tokens:,} are {epochs:.3g} epochs")
+    how = f"{device.type}, {str(dtype)[6:]}, {'compiled' if compiles else 'not compiled'}"
+    say(f"an update is {passes} x {job.world_size} micro-batches of {config.micro_batch_size} x {T}; {how}")
     if evaluates and step == 0:
         record({"step": 0} | measure())
 
     # The loop: each update trains on total_batch_tokens, of which this rank has its share, in micro-batches
     saved, bad_norms, stop, times = step, 0, 0, []
-    with noted_signals() as signals:
-        ahead = files.in_thread(load_batch, split, config, step + 1, job)
-        while step < config.steps and not stop:
-            step, began = step + 1, time.perf_counter()
-            batch = ahead.result().to(device, non_blocking=True)
-            ahead = files.in_thread(load_batch, split, config, step + 1, job)
-            lr = learning_rate(step, config)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            # Dropout draws from (seed, step, rank), not from what was drawn before: a resumed run draws the same.
-            torch.manual_seed(int(np.random.SeedSequence([config.seed, step, job.rank]).generate_state(1)[0]))
-            loss = torch.zeros((), device=device)
-            for i, sequences in enumerate(batch):
-                # Gradients are exchanged in the last micro-step only. The usual no_sync() sets the same flag; it must
-                # be set for the forward already, which reads it.
-                if dist.is_initialized():
-                    runner.require_backward_grad_sync = i + 1 == len(batch)
-                with autocast:
-                    part = runner(sequences[:, :-1].contiguous(), sequences[:, 1:].contiguous()) / len(batch)
-                scaler.scale(part).backward()
-                loss += part.detach()
-            scaler.unscale_(optimizer)
-            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
+    signals, loader = note_signals(), ThreadPoolExecutor(1)
+    ahead = loader.submit(load_batch, split, config, step + 1, job)
+    while step < config.steps and not stop:
+        step, began = step + 1, time.perf_counter()
+        batch = ahead.result().to(device, non_blocking=True)
+        ahead = loader.submit(load_batch, split, config, step + 1, job)
+        lr = learning_rate(step, config)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        # Dropout draws from (seed, step, rank), not from what was drawn before: a resumed run draws the same.
+        torch.manual_seed(int(np.random.SeedSequence([config.seed, step, job.rank]).generate_state(1)[0]))
+        loss = torch.zeros((), device=device)
+        for i, sequences in enumerate(batch):
+            status(f"step {step} of {config.steps}: micro-batch {i + 1} of {len(batch)}")
+            # Gradients are exchanged in the last micro-step only. The usual no_sync() sets the same flag; it must
+            # be set for the forward already, which reads it.
+            if dist.is_initialized():
+                runner.require_backward_grad_sync = i + 1 == len(batch)
+            with autocast:
+                part = runner(sequences[:, :-1].contiguous(), sequences[:, 1:].contiguous()) / len(batch)
+            scaler.scale(part).backward()
+            loss += part.detach()
+        scaler.unscale_(optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
 
-            # The one wait for the device, and for the other ranks: an update that is not finite is never applied.
-            sums = sum_over_ranks(torch.stack([loss, norm, torch.tensor(float(len(signals)), device=device)]))
-            loss, norm, stop = (sums / job.world_size).tolist()
-            bad_norms = 0 if math.isfinite(norm) else bad_norms + 1
-            if not math.isfinite(loss) or bad_norms > (FLOAT16_SKIPS if scaler.is_enabled() else 0):
-                good = f"the last good checkpoint in {out} is of step {saved}" if saved else "there is no checkpoint"
-                problem = f"the loss is {loss} and the norm of the gradient {norm}"
-                raise FloatingPointError(f"at step {step} {problem}; the update is not applied, and {good}")
-            scaler.step(optimizer)
-            scaler.update()
-            optimizer.zero_grad(set_to_none=True)
+        # The one wait for the device, and for the other ranks: an update that is not finite is never applied.
+        sums = sum_over_ranks(torch.stack([loss, norm, torch.tensor(float(len(signals)), device=device)]))
+        loss, norm, stop = (sums / job.world_size).tolist()
+        bad_norms = 0 if math.isfinite(norm) else bad_norms + 1
+        if not math.isfinite(loss) or bad_norms > (FLOAT16_SKIPS if scaler.is_enabled() else 0):
+            good = f"the last good checkpoint in {out} is of step {saved}" if saved else "there is no checkpoint"
+            problem = f"the loss is {loss} and the norm of the gradient {norm}"
+            raise FloatingPointError(f"at step {step} {problem}; the update is not applied, and {good}")
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
 
-            losses.append(loss)
-            times.append(time.perf_counter() - began)
-            if due(config.log_every):
-                seconds = sum(times) / len(times)
-                rate = config.total_batch_tokens / seconds
-                entry = {"step": step, "train_loss": math.fsum(losses) / len(losses), "lr": lr, "grad_norm": norm}
-                entry |= {"tokens_per_second": rate}
-                entry |= {"mfu": rate * flops / (peak * job.world_size)} if peak else {}
-                record(entry, (config.steps - step) * seconds)
-                losses, times = [], []
-            if evaluates and due(config.eval_every):
-                record({"step": step} | measure())
-            if main_process and config.sample_every and due(config.sample_every):
-                say(sample_text(model, meta["tokenizer"], config.seed, device))
-            if due(config.checkpoint_every) or stop:
-                status("writing a checkpoint")
-                if config.zero and job.world_size > 1:
-                    optimizer.consolidate_state_dict(to=0)
-                if main_process:
-                    state = {"step": step, "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
-                    state |= {"config": asdict(config), "data": digests, "losses": losses}
-                    save_checkpoint(out, step, model, state, meta["tokenizer"], config.keep_checkpoints)
-                    say(f"step {step}  checkpoint {out}/step_{step:06d}")
-                saved = step
+        losses.append(loss)
+        times.append(time.perf_counter() - began)
+        if due(config.log_every):
+            seconds = sum(times) / len(times)
+            rate = config.total_batch_tokens / seconds
+            entry = {"step": step, "train_loss": math.fsum(losses) / len(losses), "lr": lr, "grad_norm": norm}
+            entry |= {"tokens_per_second": rate}
+            entry |= {"mfu": rate * flops / (peak * job.world_size)} if peak else {}
+            record(entry, (config.steps - step) * seconds)
+            losses, times = [], []
+        if evaluates and due(config.eval_every):
+            record({"step": step} | measure())
+        if main_process and config.sample_every and due(config.sample_every):
+            say(sample_text(model, meta["tokenizer"], config.seed, device))
+        if due(config.checkpoint_every) or stop:
+            status("writing a checkpoint")
+            if zero:
+                optimizer.consolidate_state_dict(to=0)
+            if main_process:
+                state = {"step": step, "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
+                state |= {"config": asdict(config), "data": digests, "losses": losses}
+                save_checkpoint(out, step, model, state, meta["tokenizer"], config.keep_checkpoints)
+                say(f"step {step}  checkpoint {out}/step_{step:06d}")
+            saved = step
     if board:
         board.close()
     if step < config.steps:
