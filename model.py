@@ -389,7 +389,7 @@ def save_model(model: GPT, directory: str | Path, tokenizer: str = "gpt2") -> No
     sizes = dict(zip(CONFIG_NAMES, astuple(config), strict=False))
     dropout = dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), config.dropout)
     ends = dict.fromkeys(("bos_token_id", "eos_token_id"), config.vocab_size - 1)  # <|endoftext|> is the last token
-    names = {"architectures": ["GPT2LMHeadModel"], "tokenizer": tokenizer}
+    names = {"architectures": ["GPT2LMHeadModel"], "tokenizer": tokenizer, "n_ctx": config.block_size}  # for llama.cpp
     described = GPT2_SETTINGS | sizes | dropout | ends | names
     (directory / "config.json").write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
 

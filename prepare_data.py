@@ -14,6 +14,11 @@ that the same command continues an interrupted preparation and writes identical 
 and LAMBADA, stay as they are published.
 """
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # while the packages load, Ctrl-C ends without a traceback
+
 import argparse
 import errno
 import fcntl
@@ -26,7 +31,6 @@ import multiprocessing
 import os
 import re
 import shutil
-import signal
 import sys
 import time
 from collections import deque
@@ -36,6 +40,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing, contextmanager, suppress
 from functools import cache
 from pathlib import Path
+from threading import Thread
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -50,9 +55,10 @@ SHARD_MAGIC, SHARD_VERSION, HEADER_BYTES = 20240520, 1, 1024
 DOWNLOAD_ATTEMPTS = 8  # in a row that bring nothing new
 
 
-def prepare_streams() -> None:
+def prepare_process() -> None:
     """What a script does first. A standard stream that is closed would leave its descriptor to the next file that is
     opened; a character that standard output cannot encode would end the run."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, mode))
@@ -74,6 +80,11 @@ def status(text: str) -> None:
     """What is going on now, on a terminal, until the next line or status takes its place."""
     if sys.stderr.isatty() and os.environ.get("RANK", "0") == "0":
         print(f"\r{text[: shutil.get_terminal_size().columns - 1]}\x1b[K", end="", file=sys.stderr, flush=True)
+
+
+def clock(seconds: float) -> str:
+    """Hours, minutes and seconds: 1:02:03."""
+    return f"{seconds // 3600:.0f}:{seconds // 60 % 60:02.0f}:{int(seconds % 60):02}"
 
 
 def fail(script: str, message: str) -> None:
@@ -430,15 +441,25 @@ def tokenize(path: Path, part: int, parts: int, tokenizer_name: str, result: Pat
     return result
 
 
+def end_with_parent() -> None:
+    """In a worker: end as soon as the main process has, which the workers of a pool would not notice."""
+
+    def wait() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    Thread(target=wait, daemon=True).start()
+
+
 def tokenize_in_order(
     files: list[RawFile], parts: list[tuple[int, int]], raw: Path, tokenizer_name: str, workers: int
-) -> Iterator[np.ndarray]:
+) -> Iterator[Path]:
     """
-    The tokens of each of the parts, (index of its file, number in that file), in order. Worker processes are a few
-    parts ahead, and one of them fetches the next file to `raw`. Raises OSError when a worker was killed. What they send
-    through the pipe that they share is too short to be cut in two by that: the tokens come in files.
+    Files with the tokens of each of the parts, (index of its file, number in that file), in order. Worker processes are
+    a few parts ahead, and one of them fetches the next file; all goes to the directory `raw`. Raises OSError when a
+    worker was killed: since tokens come in files, what goes through the pipe is too short to be cut in two by that.
     """
-    pool = ProcessPoolExecutor(workers + 1, multiprocessing.get_context("spawn"))
+    pool = ProcessPoolExecutor(workers + 1, multiprocessing.get_context("spawn"), end_with_parent)
 
     def submit(*call: Any) -> Future:
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])  # which workers inherit: Ctrl-C is for this process
@@ -460,9 +481,8 @@ def tokenize_in_order(
             result = raw / f"{index}_{part}.tokens"
             pending.append(submit(tokenize, path, part, count_parts(files[index]), tokenizer_name, result))
             if len(pending) == 4 * workers:
-                yield read_and_remove(pending.popleft().result())
-        while pending:
-            yield read_and_remove(pending.popleft().result())
+                yield pending.popleft().result()
+        yield from (future.result() for future in pending)
     except BrokenProcessPool as error:
         problem = "a worker process was killed (out of memory?)"
         raise OSError(f"{problem}; run the same command again, with fewer --workers") from error
@@ -470,12 +490,6 @@ def tokenize_in_order(
         for process in multiprocessing.active_children():
             process.kill()
         pool.shutdown(cancel_futures=True)
-
-
-def read_and_remove(path: Path) -> np.ndarray:
-    tokens = np.fromfile(path, dtype=np.uint16)
-    path.unlink()
-    return tokens
 
 
 # Shards
@@ -686,7 +700,9 @@ def prepare(settings: dict, files: list[RawFile], out: Path, workers: int) -> di
     done = resumed = meta["train"]["tokens"] + meta["val"]["tokens"]
     pieces, (split, room), began = [], next_shard(meta), time.monotonic()
     with closing(tokenize_in_order(files, parts[first:], raw, tokenizer, workers)) as stream:
-        for number, tokens in enumerate(stream, start=first):
+        for number, path in enumerate(stream, start=first):
+            tokens = np.fromfile(path, dtype=np.uint16)
+            path.unlink()
             used = skip if number == first else 0
             while used < len(tokens) and room:
                 pieces.append(tokens[used : used + room])
@@ -696,8 +712,10 @@ def prepare(settings: dict, files: list[RawFile], out: Path, workers: int) -> di
                     for file in files[: parts[number][0]]:  # all of whose tokens are in shards
                         (raw / Path(file.name).name).unlink(missing_ok=True)
                     pieces, (split, room) = [], next_shard(meta)
-            rate = (done - resumed) / (time.monotonic() - began)
-            status(f"{done / 1e6:,.1f}M tokens | part {number + 1:,} of {len(parts):,} | {rate:,.0f} tokens/s")
+            rate = (done - resumed) / (elapsed := time.monotonic() - began)
+            left = elapsed * (len(parts) - number - 1) / (number + 1 - first)
+            left = min(left, ((settings["max_tokens"] or sys.maxsize) - done) / max(1.0, rate))
+            status(f"{done / 1e6:,.1f}M tokens, {rate:,.0f} tokens/s, {clock(left)} left")
             if room == 0:
                 break
     if pieces:
@@ -782,7 +800,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--val-tokens", type=amount, help="for validation (default: 100M; a tenth of your own text)")
     parser.add_argument("--max-tokens", type=amount, help="stop after this many, validation included (default: all)")
     parser.add_argument("--workers", type=number(int, 1, 1024), default=os.cpu_count(), help="(default: one per core)")
-    prepare_streams()
+    prepare_process()
     args, unknown = parser.parse_known_args(argv)
     if unknown:
         parser.error(f"unrecognized arguments: {' '.join(unknown)} (your own files go after --input)")
@@ -796,7 +814,7 @@ def main(argv: list[str] | None = None) -> None:
         for source in sources:
             prepare_source(source, args)
     except KeyboardInterrupt:
-        print("\nprepare_data.py: interrupted; the same command continues after the last whole shard", file=sys.stderr)
+        print("\nprepare_data.py: interrupted; the same command continues from here", file=sys.stderr)
         sys.exit(130)
     except (ValueError, OSError) as error:
         full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)

@@ -9,50 +9,45 @@ Continue a prompt with a trained GPT-2; the text streams to standard output as i
 Standard output has the text and nothing else; which model it is, and how fast, stand on standard error.
 """
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # while the packages load, Ctrl-C ends without a traceback
+
 import argparse
 import codecs
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import tiktoken
 import torch
 
-from model import (
-    DEVICES,
-    DTYPES,
-    center_logits,
-    choose_device,
-    choose_dtype,
-    generate,
-    load_model,
-    parameter_count,
-    read_config,
-)
-from prepare_data import checkpoints, fail, get_tokenizer, model_directory, number, prepare_streams, status
+import model as gpt
+import prepare_data as files
 
 
 def newest_checkpoint(out: Path) -> Path:
     """The last checkpoint of the run that was written to last, in `out` or a directory in it. Raises FileNotFoundError
     when there is none."""
-    found = [path for run in (out, *out.glob("*/")) for path in checkpoints(run)]
+    found = [path for run in (out, *out.glob("*/")) for path in files.checkpoints(run)]
     if not found:
         raise FileNotFoundError(f"there is no checkpoint in {out.absolute()}; train one, or give --model gpt2")
     return max(found, key=lambda path: (path.parent.stat().st_mtime, int(path.name[5:])))
 
 
-class Decoder:
+def stream_decoder(tokenizer: tiktoken.Encoding) -> Callable[[int], str]:
     """Tokens to text, one after the other: a character whose bytes are spread over several tokens comes with the last
     of them, and the <|endoftext|> that ends a text is no part of it."""
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
-    def __init__(self, tokenizer: tiktoken.Encoding) -> None:
-        self.tokenizer, self.decoder = tokenizer, codecs.getincrementaldecoder("utf-8")(errors="replace")
+    def decode(token: int) -> str:
+        end = token == tokenizer.eot_token
+        return decoder.decode(b"" if end else tokenizer.decode_single_token_bytes(token), final=end)
 
-    def __call__(self, token: int) -> str:
-        end = token == self.tokenizer.eot_token
-        return self.decoder.decode(b"" if end else self.tokenizer.decode_single_token_bytes(token), final=end)
+    return decode
 
 
 def read_prompts(args: argparse.Namespace) -> Iterator[str]:
@@ -68,11 +63,14 @@ def read_prompts(args: argparse.Namespace) -> Iterator[str]:
 
 
 def sample(args: argparse.Namespace) -> None:
-    directory, device = model_directory(args.model or newest_checkpoint(Path("out"))), choose_device(args.device)
-    tokenizer = get_tokenizer(read_config(directory)[1])
-    model = center_logits(load_model(directory)).to(device, choose_dtype(args.dtype, device))
-    status("")
-    print(f"{directory}: {parameter_count(model):,} parameters, {device}", file=sys.stderr)
+    directory, device = (
+        files.model_directory(args.model or newest_checkpoint(Path("out"))),
+        gpt.choose_device(args.device),
+    )
+    tokenizer = files.get_tokenizer(gpt.read_config(directory)[1])
+    model = gpt.center_logits(gpt.load_model(directory)).to(device, gpt.choose_dtype(args.dtype, device))
+    files.status("")
+    print(f"{directory}: {gpt.parameter_count(model):,} parameters, {device}", file=sys.stderr)
     generator = torch.Generator(device).manual_seed(args.seed)
     for prompt in read_prompts(args):
         tokens = tokenizer.encode(prompt, allowed_special="all") or [tokenizer.eot_token]  # with none, a new document
@@ -84,9 +82,9 @@ def sample(args: argparse.Namespace) -> None:
             continue
         prompts = torch.tensor([tokens] * args.num_samples, device=device)
         how = (args.temperature, args.top_k or None, args.top_p, generator, tokenizer.eot_token, args.compile)
-        steps = generate(model, prompts, args.max_new_tokens, *how)
+        steps = gpt.generate(model, prompts, args.max_new_tokens, *how)
         # The first sample is printed while it is generated; the others, each behind a rule, when it is done.
-        decoders, texts, times = [Decoder(tokenizer) for _ in range(args.num_samples)], [""] * args.num_samples, []
+        decoders, texts, times = [stream_decoder(tokenizer) for _ in prompts], [prompt] * args.num_samples, []
         print(prompt, end="", flush=True)
         for step in steps:
             pieces = [decode(token) for decode, token in zip(decoders, step.tolist(), strict=True)]
@@ -96,7 +94,7 @@ def sample(args: argparse.Namespace) -> None:
         endings = [decode(tokenizer.eot_token) for decode in decoders]
         print(endings[0])
         for text, ending in zip(texts[1:], endings[1:], strict=True):
-            print(f"{'-' * 80}\n{prompt}{text}{ending}", flush=True)
+            print(f"{'-' * 80}\n{text}{ending}", flush=True)
         # The rate is that after the first tokens, which wait for the prompt, and perhaps for compiling.
         rest = times[2:] or times
         rate = (len(rest) - 1) * args.num_samples / (rest[-1] - rest[0]) if len(rest) > 1 else 0
@@ -105,20 +103,20 @@ def sample(args: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, description="Generate text with a trained GPT-2.")
-    add, count = parser.add_argument, number(int, 1, 10**6)
+    add, number = parser.add_argument, files.number
     add("--model", help="a checkpoint, or gpt2, gpt2-medium, ... (default: the newest under out/)")
     add("--prompt", default="", help="text to continue; - reads standard input (default: none)")
     add("--interactive", action="store_true", help="ask for prompts, a line each, until end of input")
     add("--num-samples", type=number(int, 1, 4096), default=1, help="(default: 1)")
-    add("--max-new-tokens", type=count, default=500, help="per sample (default: 500)")
+    add("--max-new-tokens", type=number(int, 1, 10**6), default=500, help="per sample (default: 500)")
     add("--temperature", type=number(float, 0, 10**6), default=0.8, help="0: the most likely token (default: 0.8)")
     add("--top-k", type=number(int, 0, 10**6), default=50, help="keep the k most likely tokens; 0: all (default: 50)")
     add("--top-p", type=number(float, 1e-6, 1), default=1.0, help="smallest set with total probability p (default: 1)")
     add("--seed", type=number(int, 0, 2**63 - 1), default=1337, help="seed of the random draws (default: 1337)")
-    add("--device", default="auto", choices=DEVICES, help="(default: auto)")
-    add("--dtype", default="auto", choices=DTYPES, help="(default: auto)")
+    add("--device", default="auto", choices=gpt.DEVICES, help="(default: auto)")
+    add("--dtype", default="auto", choices=gpt.DTYPES, help="(default: auto)")
     add("--compile", action="store_true", help="compile decoding; pays for long texts")
-    prepare_streams()
+    files.prepare_process()
     args = parser.parse_args(argv)
     try:
         torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for every length
@@ -129,7 +127,7 @@ def main(argv: list[str] | None = None) -> None:
     except BrokenPipeError:  # nobody reads the text any more
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     except (ValueError, OSError) as error:
-        fail("sample.py", str(error))
+        files.fail("sample.py", str(error))
 
 
 if __name__ == "__main__":

@@ -34,6 +34,7 @@ from typing import NamedTuple, TextIO
 
 import numpy as np
 import pytest
+import regex
 import tiktoken
 import torch
 import torch.nn.functional as F
@@ -97,6 +98,17 @@ def wait_until(event: Callable[[], bool], process: subprocess.Popen) -> None:
     deadline = time.monotonic() + TIMEOUT
     while not event():
         assert process.poll() is None and time.monotonic() < deadline
+
+
+def children(process: subprocess.Popen) -> list[int]:
+    return [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
 
 
 def contents(directory: Path) -> dict[Path, bytes]:
@@ -569,6 +581,28 @@ def test_endless_white_space_has_the_tokens_of_the_whole() -> None:
     assert tokenizer.decode(np.concatenate(prepare_data.encode(tokenizer, endless)).tolist()) == endless
 
 
+def test_tokenizer_files_describe_the_same_tokenizer() -> None:
+    """Byte-pair encoding by vocab.json and merges.txt, as GPT-2's own code does it, gives tiktoken's tokens."""
+    tokens = [bytes([i]) for i in range(256)]
+    tokens += [
+        t.encode() for t in ("th", "he", " t", "the", " the", "ni", "on", "don", "\n\n", "12", "34", "1234", "語")
+    ]
+    tokens.insert(-1, "語".encode()[:2])
+    ranks, special = {token: i for i, token in enumerate(tokens)}, {"<|endoftext|>": len(tokens)}
+    tokenizer = tiktoken.Encoding("few", pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens=special)
+    written = prepare_data.tokenizer_files(tokenizer)
+    vocab, lines = json.loads(written["vocab.json"]), written["merges.txt"].splitlines()
+    assert len(vocab) == tokenizer.n_vocab and lines[1:4] == ["t h", "h e", "Ġ t"] and "th e" in lines
+    merges = {tuple(line.split()): i for i, line in enumerate(lines[1:])}
+    letters = {i: letter for letter, i in vocab.items() if i < 256}
+    for word in regex.findall(r50k_pat_str, " ".join(documents(60))):
+        parts = [letters[byte] for byte in word.encode()]
+        while pairs := [pair for pair in itertools.pairwise(parts) if pair in merges]:
+            first = list(itertools.pairwise(parts)).index(min(pairs, key=merges.__getitem__))
+            parts[first : first + 2] = ["".join(parts[first : first + 2])]
+        assert [vocab[part] for part in parts] == tokenizer.encode_ordinary(word)
+
+
 def serve_hub(site: Site, directory: Path, texts: list[str], files: int) -> None:
     """Put texts on a server as the hub shows them: Parquet files of FineWeb-Edu's sample-10BT, listed on two pages."""
     import pyarrow
@@ -604,8 +638,12 @@ def test_law_5_shards_do_not_depend_on_workers_or_on_kills(site: Site, tmp_path:
         command = ["prepare_data.py", "--out", tmp_path / "killed", "--tokenizer", "byte", *options, "--workers", 2]
         process = start(*command, HF_ENDPOINT=site.url)
         wait_until(lambda least=shards: len(list((tmp_path / "killed").glob("*.bin"))) >= least, process)
+        workers = children(process)
         process.kill()
         process.wait(timeout=TIMEOUT)
+        deadline = time.monotonic() + TIMEOUT
+        while any(is_running(worker) for worker in workers):  # they notice that it has died
+            assert time.monotonic() < deadline
         kills += process.returncode == -signal.SIGKILL
     assert kills > 0
     prepare(tmp_path / "killed", *options, HF_ENDPOINT=site.url)
@@ -623,8 +661,7 @@ def test_a_killed_worker_ends_the_preparation_in_one_line(tmp_path: Path) -> Non
     with open(tmp_path / "said", "w") as said:
         process = start("prepare_data.py", *options, "--workers", 3, stderr=said)
         wait_until(lambda: (tmp_path / "out" / "train_000000.bin").exists(), process)
-        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-        os.kill(int(children[-1]), signal.SIGKILL)
+        os.kill(children(process)[-1], signal.SIGKILL)
         assert process.wait(timeout=TIMEOUT) == 1
     assert re.fullmatch(r"prepare_data.py: error: a worker process was killed .*\n", (tmp_path / "said").read_text())
     run("prepare_data.py", *options)
@@ -1413,7 +1450,7 @@ def test_readme_names_every_option(script: ModuleType, capsys: pytest.CaptureFix
 
 
 def test_characters_are_never_broken_in_the_stream() -> None:
-    decode = sample.Decoder(prepare_data.get_tokenizer("byte"))
+    decode = sample.stream_decoder(prepare_data.get_tokenizer("byte"))
     assert [decode(byte) for byte in "aé🙂".encode()] == ["a", "", "é", "", "", "", "🙂"]
     assert [decode(0xF0), decode(0x9F), decode(256), decode(97)] == ["", "", "\ufffd", "a"]
 

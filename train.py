@@ -11,12 +11,16 @@ and each evaluation, and checkpoints `step_NNNNNN/`, the state after that many u
 on the seed and s alone, so a run can be resumed, or cut over another number of GPUs, and remains the same run.
 """
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # while the packages load, Ctrl-C ends without a traceback
+
 import argparse
 import json
 import math
 import os
 import shutil
-import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -39,7 +43,7 @@ from torch.nn.parallel import DistributedDataParallel
 import model as gpt
 import prepare_data as files
 from model import GPT, MODEL_SIZES
-from prepare_data import Split, read_sequences, say, status
+from prepare_data import Split, clock, read_sequences, say, status
 
 # The configuration
 
@@ -346,10 +350,6 @@ def open_log(path: Path, step: int) -> TextIO:
     ]
     files.write_atomically(path, ["".join(kept).encode()])
     return open(path, "a", encoding="utf-8", buffering=1)
-
-
-def clock(seconds: float) -> str:
-    return f"{seconds // 3600:.0f}:{seconds // 60 % 60:02.0f}:{seconds % 60:02.0f}"
 
 
 def describe(entry: dict, seconds_left: float = 0) -> str:
@@ -757,7 +757,7 @@ def train(config: TrainConfig, given: dict[str, Any] | None = None) -> int:
 def main(argv: list[str] | None = None) -> None:
     about = "Train a GPT-2. With no options: 124M on FineWeb-Edu."
     parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, allow_abbrev=False, description=about)
-    files.prepare_streams()
+    files.prepare_process()
     config, given = parse_args(parser, argv)
     try:
         if not config.resume:
