@@ -159,6 +159,7 @@ def read_object(text: str | bytes, where: object) -> dict:
 
 
 def sha256_of(path: Path) -> str:
+    status(f"checking {path}")
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while chunk := file.read(1 << 22):
@@ -177,7 +178,6 @@ def check_checksums(directory: Path, names: Sequence[str]) -> None:
     lines = (directory / "SHA256SUMS").read_text(errors="replace").splitlines()
     sums = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
     for name in names:
-        status(f"checking {directory / name}")
         if sha256_of(directory / name) != sums.get(name):
             raise ValueError(f"{directory / name} is damaged: its sha256 is not the one in SHA256SUMS")
 

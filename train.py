@@ -72,6 +72,7 @@ class TrainConfig:
     warmup_steps: int = option(715, "warmup updates", fixed=True)
     max_lr: float = option(6e-4, "learning rate after the warmup", most=1e30, fixed=True)
     min_lr: float = option(6e-5, "learning rate at the end", most=1e30, fixed=True)
+    beta2: float = option(0.95, "decay rate of AdamW's average of squared gradients", most=0.999999, fixed=True)
     weight_decay: float = option(0.1, "weight decay, on matrices", most=1e30, fixed=True)
     grad_clip: float = option(1.0, "largest norm of the gradient; 0: no clipping", most=1e30, fixed=True)
     dropout: float = option(0.0, "dropout of embeddings, attention and residual branches", most=0.999, fixed=True)
@@ -89,25 +90,27 @@ class TrainConfig:
     log_every: int = option(1, "updates between lines of the log", 1)
 
 
+SMALL = TrainConfig(
+    data="data/mine",
+    model="gpt2-tiny",
+    out="out/mine",
+    sequence_length=64,
+    total_batch_tokens=12 * 64,
+    steps=2400,
+    warmup_steps=150,
+    max_lr=1.5e-3,
+    min_lr=1e-5,
+    beta2=0.99,
+    eval_every=500,
+    sample_every=500,
+    checkpoint_every=1000,
+    log_every=20,
+)
 PRESETS = {
     "gpt2": TrainConfig(),
-    "demo": TrainConfig(
-        data="data/demo",
-        model="gpt2-tiny",
-        out="out/demo",
-        sequence_length=96,
-        total_batch_tokens=8 * 96,
-        steps=1100,
-        warmup_steps=100,
-        max_lr=1.5e-3,
-        min_lr=1e-5,
-        eval_tokens=45_000,
-        sample_every=250,
-        checkpoint_every=500,
-        log_every=20,
-    ),
+    "small": SMALL,  # for a book, and a few minutes on a laptop
+    "demo": replace(SMALL, data="data/demo", out="out/demo", steps=1400),
 }
-BETAS = (0.9, 0.95)
 FLOAT16_SKIPS = 20  # consecutive updates that float16's scaler may skip while it looks for its scale
 
 
@@ -254,7 +257,6 @@ def check_shards(split: Split, job: Job) -> list[str]:
     """The sha256 of each shard, read by the ranks in turn. Raises ValueError when one is not what meta.json says."""
     mine = {}
     for i in range(job.rank, len(split.paths), job.world_size):
-        status(f"checking {split.paths[i]}")
         mine[i] = files.sha256_of(split.paths[i])
         if split.sha256 and split.sha256[i] != mine[i]:
             raise ValueError(f"{split.paths[i]} is damaged: its sha256 is not the one in meta.json")
@@ -626,7 +628,7 @@ def train(config: TrainConfig, given: dict[str, Any] | None = None) -> int:
 
     # The optimizer, and what a checkpoint says of it
     zero = config.zero and job.world_size > 1
-    optimizer = gpt.configure_optimizer(model, config.max_lr, config.weight_decay, BETAS, zero)
+    optimizer = gpt.configure_optimizer(model, config.max_lr, config.weight_decay, (0.9, config.beta2), zero)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     step, losses, size = 0, [], config.micro_batch_size
     if resuming:
