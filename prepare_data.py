@@ -781,7 +781,8 @@ def prepare_source(source: str | None, args: argparse.Namespace) -> None:
     for split in ("train", "val"):
         shards = f"{meta[split]['shards']:,} shard{'s' * (meta[split]['shards'] != 1)}"
         say(f"{split}: {meta[split]['tokens']:,} tokens in {shards}, {out}/{split}_*.bin")
-    options = {"data/fineweb-edu": "", "data/demo": " --preset demo"}.get(str(out), f" --data {out}")
+    options = " --preset small" * (meta["train"]["tokens"] < 10**7) + f" --data {out}"
+    options = {"data/fineweb-edu": "", "data/demo": " --preset demo"}.get(str(out), options)
     say(f"train on it with: python train.py{options}")
 
 
