@@ -45,7 +45,7 @@ class GPTConfig:
         for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
             value = getattr(self, name)
             if type(value) is not int or not 1 <= value < 2**24:
-                raise ValueError(f"{name} must be a whole number from 1 to 2^24, not {value}")
+                raise ValueError(f"{name} must be a whole number from 1 to {2**24 - 1:,}, not {value}")
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd ({self.n_embd}) must be a multiple of n_head ({self.n_head})")
         if not 0 <= self.dropout < 1:
@@ -67,8 +67,8 @@ KVCache = list[KV]  # of each layer
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """
-    `F.linear`, (..., in) to (..., out), made fast for the few rows that generation has on a CPU: they are multiplied as
-    the columns of W x^T, a single row as two of them, because BLAS may run a matrix-vector product on one thread only.
+    `F.linear`, (..., in) to (..., out), made fast for the few rows that generation has on a CPU: it takes W x^T, with a
+    single row doubled, because BLAS may run a matrix-vector product on one thread only.
     """
     rows = x.numel() // x.size(-1)
     if torch.is_grad_enabled() or rows > 8 or x.device.type != "cpu" or x.dtype != torch.float32:
@@ -327,7 +327,7 @@ def choose_device(name: str) -> torch.device:
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     """One of DTYPES for matrix products; "auto" is bfloat16 on CUDA, float16 on cards too old for it, else float32.
-    Raises ValueError for float16 where nothing computes in it."""
+    Raises ValueError for float16 on another device than CUDA."""
     if name == "auto" and device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     if name == "float16" and device.type != "cuda":

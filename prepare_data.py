@@ -66,8 +66,8 @@ def prepare_process() -> None:
 
 
 def say(text: str) -> None:
-    """Print a line on standard output, in the first of several processes, in place of the status. It never ends a run:
-    what nobody reads any more is dropped."""
+    """Print a line on rank 0, in place of the status. If nobody reads standard output any more, it is dropped, and the
+    run continues."""
     status("")
     try:
         if os.environ.get("RANK", "0") == "0":
@@ -159,7 +159,7 @@ def read_object(text: str | bytes, where: object) -> dict:
 
 
 def sha256_of(path: Path) -> str:
-    status(f"checking {path}")
+    status(f"sha256 of {path}")
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while chunk := file.read(1 << 22):
@@ -288,8 +288,8 @@ def get(url: str, first: int = 0) -> requests.Response:
 
 
 def wait_or_raise(error: requests.RequestException, name: str, failures: int, most: int) -> None:
-    """After a failed request, with so many in a row that brought nothing new: wait as long as the server asks, else
-    half a second, one, two, ..., at most a minute. Raises OSError when another try is pointless or was one too many."""
+    """Wait before the next try, after so many in a row that brought nothing new: as long as the server asks, else half
+    a second, one, two, ..., at most a minute. Raises OSError when another try is pointless or too many have failed."""
     code = 0 if error.response is None else error.response.status_code
     problem = f"the server answers {code}" if code else type(error).__name__
     if code in (401, 403):
@@ -542,9 +542,7 @@ def open_split(directory: Path, name: str, sequence_length: int) -> Split:
     meta = read_meta(directory)
     paths = sorted(directory.glob(f"*{name}_*.bin")) or sorted(directory.glob(f"*_{name}.bin"))
     if not paths:
-        raise FileNotFoundError(
-            f"{directory} has no {name}_*.bin; make them with prepare_data.py, or give other --data"
-        )
+        raise FileNotFoundError(f"{directory} has no {name}_*.bin; run prepare_data.py, or give another --data")
     tokens, sha256 = [read_header(path) for path in paths], meta.get(name, {}).get("sha256", [])
     if sha256 and len(sha256) != len(paths):
         raise ValueError(f"{directory} has {len(paths)} {name} shards, and its meta.json names {len(sha256)}")
@@ -569,9 +567,7 @@ def read_sequences(split: Split, indices: np.ndarray) -> np.ndarray:
         if len(tokens) <= T:
             raise ValueError(f"{split.paths[shard]} has become shorter while it was in use")
         if (largest := tokens.max()) >= split.vocab_size:
-            raise ValueError(
-                f"{split.paths[shard]} holds token {largest}, outside the vocabulary of {split.vocab_size}"
-            )
+            raise ValueError(f"{split.paths[shard]} holds token {largest}; the vocabulary has {split.vocab_size}")
         sequences[row] = tokens
     return sequences
 
@@ -639,9 +635,7 @@ def read_progress(path: Path, settings: dict) -> dict | None:
     if meta is None or meta["train"]["tokens"] + meta["val"]["tokens"] == 0:
         return None
     before = meta["settings"]
-    changed = [
-        f"{key} was {before.get(key)} and is now {now}" for key, now in settings.items() if before.get(key) != now
-    ]
+    changed = [f"{name} was {before.get(name)}, now {now}" for name, now in settings.items() if before.get(name) != now]
     if changed:
         problem = f"{path.parent} was prepared with other settings"
         raise ValueError(f"{problem}: {'; '.join(changed)}; give another --out")
@@ -681,6 +675,7 @@ def prepare(settings: dict, files: list[RawFile], out: Path, workers: int) -> di
     """Prepare `out` as `settings` say, or continue that; returns the content of its meta.json."""
     meta, raw = read_progress(out / "meta.json", settings), out / "raw"
     if meta and meta["complete"]:
+        shutil.rmtree(raw, ignore_errors=True)
         say(f"{out} is already prepared")
         return meta
     if not (out / "meta.json").exists() and any(out.glob("*.bin")):
@@ -792,7 +787,9 @@ def main(argv: list[str] | None = None) -> None:
     )
     amount, shard = number(tokens, 1, 10**15), number(tokens, 1, 2**31 - 1)
     subset = "of FineWeb: sample-10BT, sample-100BT, sample-350BT, or a dump (default: sample-10BT)"
-    parser.add_argument("--source", choices=SOURCES, help="(default: fineweb-edu, hellaswag and lambada)")
+    parser.add_argument(
+        "--source", choices=SOURCES, help="(default: fineweb-edu; without --out also hellaswag and lambada)"
+    )
     parser.add_argument("--subset", default="sample-10BT", help=subset)
     parser.add_argument("--input", nargs="+", metavar="FILE", help="your own text: " + ", ".join(FORMATS))
     parser.add_argument("--out", help="directory for the shards (default: data/NAME, after the source)")

@@ -63,11 +63,11 @@ def read_prompts(args: argparse.Namespace) -> Iterator[str]:
 
 
 def sample(args: argparse.Namespace) -> None:
-    directory, device = (
-        files.model_directory(args.model or newest_checkpoint(Path("out"))),
-        gpt.choose_device(args.device),
-    )
-    tokenizer = files.get_tokenizer(gpt.read_config(directory)[1])
+    directory = files.model_directory(args.model or newest_checkpoint(Path("out")))
+    device, (config, name) = gpt.choose_device(args.device), gpt.read_config(directory)
+    tokenizer = files.get_tokenizer(name)
+    if tokenizer.n_vocab != config.vocab_size:
+        raise ValueError(f"{directory} has {config.vocab_size} tokens, and the {name} tokenizer {tokenizer.n_vocab}")
     model = gpt.center_logits(gpt.load_model(directory)).to(device, gpt.choose_dtype(args.dtype, device))
     files.status("")
     print(f"{directory}: {gpt.parameter_count(model):,} parameters, {device}", file=sys.stderr)
@@ -128,6 +128,10 @@ def main(argv: list[str] | None = None) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     except (ValueError, OSError) as error:
         files.fail("sample.py", str(error))
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
+        files.fail("sample.py", "out of memory; take fewer --num-samples, or a smaller --model")
 
 
 if __name__ == "__main__":

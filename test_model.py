@@ -728,7 +728,7 @@ def test_a_finished_directory_is_left_alone_and_other_settings_are_refused(
     assert "already prepared" in prepare(tmp_path / "out", "--input", source, "--max-tokens", "50k").stdout
     same = ["--tokenizer", "byte", "--input", source]
     message = refusal(prepare_data.main, capsys, "--out", tmp_path / "out", *same, "--max-tokens", "60k")
-    assert "max_tokens was 50000 and is now 60000" in message
+    assert "max_tokens was 50000, now 60000" in message
     assert contents(tmp_path / "out") == before
     (tmp_path / "foreign").mkdir()
     (tmp_path / "foreign" / "train_000000.bin").write_bytes(b"not ours")
@@ -1052,19 +1052,16 @@ def test_evaluation_is_what_its_definition_says_on_any_ranks(
     one, many, options = tmp_path / "one", tmp_path / "many", {"init_from": start, "eval_only": True}
     settings = SETTINGS | {"data": str(data), "out": str(one)} | options | {"init_from": str(start)}
     assert train.train(replace(train.TrainConfig(), **settings)) == 0
-    table = capsys.readouterr().out
+    said = capsys.readouterr().out
     ranks = ["--standalone", "--nproc_per_node=3", ROOT / "train.py"]
-    run("torchrun", *ranks, *flags(data, many, **options, total_batch_tokens=384))
-    for out in (one, many):
-        (line,) = read_log(out)
+    for output in (said, run("torchrun", *ranks, *flags(data, many, **options, total_batch_tokens=384)).stdout):
+        line = json.loads(output.splitlines()[-1])
         assert line.pop("evaluated") == str(start) and line == pytest.approx(expected, rel=1e-5)
-        assert not prepare_data.checkpoints(out)
-    assert f"{expected['val_loss']:.4f} ± {expected['val_loss_se']:.4f}\n" in table and "published" not in table
-    run_train(data, one, steps=1)  # evaluations alone are no run
-    assert [line.get("step") for line in read_log(one)] == [None, 0, 1, 1]
+    assert f"{expected['val_loss']:.4f} ± {expected['val_loss_se']:.4f}\n" in said and "published" not in said
+    assert not one.exists() and not many.exists()  # nothing is written
 
 
-def test_tasks_whose_answers_are_known(tmp_path: Path, data: Path) -> None:
+def test_tasks_whose_answers_are_known(tmp_path: Path, data: Path, capsys: pytest.CaptureFixture) -> None:
     """A model without blocks, whose embeddings are all at right angles, expects every token to come again."""
     model = random_model(GPTConfig(32, 257, 1, 1, 512))
     with torch.no_grad():
@@ -1081,7 +1078,7 @@ def test_tasks_whose_answers_are_known(tmp_path: Path, data: Path) -> None:
     write_tasks(tmp_path, {"hellaswag": hellaswag, "lambada": lambada})
     settings = SETTINGS | {"data": str(tmp_path / "shards"), "out": str(tmp_path / "out"), "eval_only": True}
     assert train.train(replace(train.TrainConfig(), **settings, init_from=str(tmp_path / "repeats"))) == 0
-    (metrics,) = read_log(tmp_path / "out")
+    metrics = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert (metrics["hellaswag_acc"], metrics["hellaswag_acc_norm"], metrics["lambada_acc"]) == (0.25, 0.5, 0.4)
 
 
@@ -1364,7 +1361,7 @@ def test_shards_of_other_programs_are_read_and_bad_ones_are_named(data: Path, tm
     assert prepare_data.read_meta(tmp_path) == {"tokenizer": "gpt2", "vocab_size": 50257}
     split = prepare_data.open_split(tmp_path, "train", 10)
     assert prepare_data.read_sequences(split, np.array([4]))[0].tolist() == [*range(40, 50), 50256]
-    with pytest.raises(ValueError, match=r"fineweb_train_000001.bin holds token 50256, outside the vocabulary of 257"):
+    with pytest.raises(ValueError, match=r"fineweb_train_000001.bin holds token 50256; the vocabulary has 257"):
         prepare_data.read_sequences(split._replace(vocab_size=257), np.array([4]))
     with pytest.raises(ValueError, match="too little training data for 51-token sequences"):
         prepare_data.open_split(tmp_path, "train", 51)
@@ -1391,13 +1388,13 @@ def test_train_says_what_is_wrong_in_one_line(
     out = tmp_path / "out"
     for changes, said in [
         ({"total_batch_tokens": 500}, "--total-batch-tokens 500 must be a multiple of 128: 1 devices"),
-        ({"model": "gpt3"}, "--model must be one of"),
+        ({"model": "gpt3"}, "--model: invalid choice: 'gpt3'"),
         ({"steps": 0}, "--steps: must be a number from 1"),
         ({"steps": "9" * 400}, "--steps: must be a number from 1"),
         ({"total_batch_tokens": 768_000_000_000_000}, "--total-batch-tokens: must be a number from 1"),
         ({"max_lr": "nan"}, "--max-lr: must be a number from 0"),
         ({"min_lr": 1}, "--min-lr (1.0) must not be more than --max-lr (0.01)"),
-        ({"dtype": "int8"}, "--dtype must be one of"),
+        ({"dtype": "int8"}, "--dtype: invalid choice: 'int8'"),
         ({"out": ""}, "--data and --out must name a directory"),
     ]:
         assert said in refusal(train.main, capsys, *flags(data, **{"out": out} | changes), status=2)
@@ -1408,7 +1405,7 @@ def test_train_says_what_is_wrong_in_one_line(
 
     save_model(random_model(GPTConfig(16, 300, 2, 2, 32)), tmp_path / "other", "gpt2")
     assert "--sequence-length 32 is more than" in refused(init_from=str(save(tmp_path / "short", 16, "byte")))
-    assert "uses the gpt2 tokenizer, and" in refused(init_from=str(save(tmp_path / "other", 32, "gpt2")))
+    assert "uses the gpt2 tokenizer (257), and" in refused(init_from=str(save(tmp_path / "other", 32, "gpt2")))
     assert "is not a model" in refused(init_from="nothing")
     assert "make it with: python prepare_data.py --input YOUR_TEXT --out" in refused(data=str(tmp_path / "none"))
     (tmp_path / "empty").mkdir()
@@ -1470,7 +1467,7 @@ def test_demo_from_nothing_to_text(
 
     done = run("sample.py", "--max-new-tokens", 50, cwd=tmp_path)
     text = done.stdout
-    assert len(text) > 10 and re.fullmatch(
+    assert text and re.fullmatch(
         r"out/demo/step_000012: [\d,]+ parameters, cpu\n\d+ tokens, [\d.]+ tokens/s\n", done.stderr
     )
     monkeypatch.chdir(tmp_path)

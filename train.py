@@ -3,7 +3,7 @@ Train a GPT-2 on token shards, on a CPU, on one GPU, or on many under torchrun.
 
     torchrun --standalone --nproc_per_node=8 train.py     # GPT-2 124M on FineWeb-Edu 10B tokens
     python train.py                                       # the same run on one GPU, by gradient accumulation
-    python train.py --preset demo                         # a minute or two on a CPU
+    python train.py --preset demo                         # two minutes on a CPU
     python train.py --eval-only --init-from gpt2          # how good OpenAI's model is, beside what was published
 
 Reads the shards that prepare_data.py wrote (or llm.c's). Writes to --out: `metrics.jsonl`, a line for each logged step
@@ -48,10 +48,12 @@ from prepare_data import Split, clock, read_sequences, say, status
 # The configuration
 
 
-def option(default: Any, help: str, least: float = 0, most: float = 2**31 - 1, fixed: bool = False) -> Any:
-    """A field of TrainConfig, with the range of its values; `fixed` if it decides the result, and so cannot change when
-    a run is resumed."""
-    return field(default=default, metadata={"help": help, "range": (least, most), "fixed": fixed})
+def option(
+    default: Any, help: str, least: float = 0, most: float = 2**31 - 1, choices: Any = None, fixed: bool = False
+) -> Any:
+    """A field of TrainConfig, with its range or choices; `fixed` if it decides the result, and so cannot change when a
+    run is resumed."""
+    return field(default=default, metadata={"help": help, "range": (least, most), "choices": choices, "fixed": fixed})
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,7 @@ class TrainConfig:
     """Every setting of a run; the defaults are GPT-2 124M on FineWeb-Edu 10B (19,073 updates of 2^19 tokens)."""
 
     data: str = option("data/fineweb-edu", "directory with the token shards")
-    model: str = option("gpt2", "size of a new model: " + ", ".join(MODEL_SIZES), fixed=True)
+    model: str = option("gpt2", "size of a new model", choices=MODEL_SIZES, fixed=True)
     out: str = option("out", "directory for metrics and checkpoints")
     resume: bool = option(False, "continue from the newest checkpoint in --out, if there is one, with its settings")
     init_from: str = option("", "start from these weights: a checkpoint, or gpt2, gpt2-medium, ...")
@@ -76,9 +78,9 @@ class TrainConfig:
     weight_decay: float = option(0.1, "weight decay, on matrices", most=1e30, fixed=True)
     grad_clip: float = option(1.0, "largest norm of the gradient; 0: no clipping", most=1e30, fixed=True)
     dropout: float = option(0.0, "dropout of embeddings, attention and residual branches", most=0.999, fixed=True)
-    dtype: str = option("auto", "precision of matrix products: float32, bfloat16, float16, or auto, by the device")
+    dtype: str = option("auto", "precision of matrix products", choices=gpt.DTYPES)
     compile: bool | None = option(None, "torch.compile the model (default: on CUDA)")
-    device: str = option("auto", "auto, cuda, mps or cpu")
+    device: str = option("auto", "device to train on", choices=gpt.DEVICES)
     zero: bool = option(False, "divide the optimizer's state among the ranks (ZeRO stage 1)")
     eval_every: int = option(250, "updates between evaluations; 0: none")
     eval_tokens: int = option(10 * 2**20, "tokens of the validation split to evaluate on", 1)
@@ -108,7 +110,7 @@ SMALL = TrainConfig(
 )
 PRESETS = {
     "gpt2": TrainConfig(),
-    "small": SMALL,  # for a book, and a few minutes on a laptop
+    "small": SMALL,  # for a single book: a few minutes on a laptop
     "demo": replace(SMALL, data="data/demo", out="out/demo", steps=1400),
 }
 FLOAT16_SKIPS = 20  # consecutive updates that float16's scaler may skip while it looks for its scale
@@ -123,7 +125,8 @@ def parse_args(parser: argparse.ArgumentParser, argv: list[str] | None) -> tuple
             kind["action"] = "store_true"
         elif item.type in (int, float, str):
             parse = str if item.type is str else files.number(item.type, *item.metadata["range"])
-            kind |= {"type": parse, "metavar": item.type.__name__.upper()}
+            choices = item.metadata["choices"]
+            kind |= {"type": parse} | ({"choices": choices} if choices else {"metavar": item.type.__name__.upper()})
             text += f" (default: {item.default})" if item.default != "" else ""
         else:
             kind["action"] = argparse.BooleanOptionalAction
@@ -134,9 +137,6 @@ def parse_args(parser: argparse.ArgumentParser, argv: list[str] | None) -> tuple
 
 def check_config(config: TrainConfig) -> None:
     """Raise ValueError for an impossible setting, or a batch that cannot be cut as asked."""
-    for name, choices in {"model": MODEL_SIZES, "dtype": gpt.DTYPES, "device": gpt.DEVICES}.items():
-        if getattr(config, name) not in choices:
-            raise ValueError(f"--{name} must be one of {', '.join(choices)}, not {getattr(config, name)}")
     if not config.data or not config.out:
         raise ValueError("--data and --out must name a directory")
     if config.min_lr > config.max_lr:
@@ -177,7 +177,7 @@ def start_job(device: str) -> Job:
             raise ValueError(f"{local_rank + 1} processes were started for {torch.cuda.device_count()} GPUs")
         chosen = torch.device("cuda", local_rank)
         torch.cuda.set_device(chosen)
-        torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for every shape, of which tasks have hundreds
+        torch.backends.cuda.enable_cudnn_sdp(False)  # it re-plans for every new shape: tasks have hundreds
     if world_size > 0:  # torchrun says so, for a single process too
         store, _, _ = next(dist.rendezvous("env://"))
         if world_size == int(os.environ.get("LOCAL_WORLD_SIZE", "0")):
@@ -216,7 +216,7 @@ def note_signals() -> list[int]:
         if times[-1] > times[0] + 1:
             os._exit(128 + signum)
         if len(noted) == 1 and os.environ.get("RANK", "0") == "0":  # by os.write: a print may be under way
-            os.write(2, b"\nfinishing this update, then writing a checkpoint; once more: stop at once, without one\n")
+            os.write(2, b"\nfinishing this update and writing a checkpoint; Ctrl-C again stops at once\n")
 
     signal.signal(signal.SIGTERM, note)
     signal.signal(signal.SIGINT, note)
@@ -287,7 +287,8 @@ def save_checkpoint(out: Path, step: int, model: GPT, trainer: dict, tokenizer: 
     shutil.rmtree(final, ignore_errors=True)  # a damaged one that was passed over
     part.rename(final)
     files.synchronize(out)
-    for old in files.checkpoints(out)[:-keep] if keep else []:
+    found = files.checkpoints(out)
+    for old in found[: found.index(final) + 1][:-keep] if keep else []:  # a later one is damaged and was passed over
         shutil.rmtree(old)
 
 
@@ -345,12 +346,9 @@ def read_log(path: Path) -> list[dict]:
 
 def open_log(path: Path, step: int) -> TextIO:
     """metrics.jsonl, to append to; all lines about updates past `step` are removed first."""
-    kept = [
-        json.dumps(entry) + "\n"
-        for entry in read_log(path)
-        if not (isinstance(entry.get("step"), int) and entry["step"] > step)
-    ]
-    files.write_atomically(path, ["".join(kept).encode()])
+    kept = [e for e in read_log(path) if not isinstance(e.get("step"), int) or e["step"] <= step]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    files.write_atomically(path, [(json.dumps(entry) + "\n").encode() for entry in kept])
     return open(path, "a", encoding="utf-8", buffering=1)
 
 
@@ -489,23 +487,23 @@ def evaluate(
     model: GPT, scorer: Callable | None, sets: dict[str, EvalSet], job: Job, autocast: torch.autocast
 ) -> dict[str, float | None]:
     """
-    The metrics of the sets, the same on all ranks; `..._se` is the standard error of a mean over independent rows.
+    The metrics of the sets, the same on all ranks; `..._se` is the standard error of a mean over sequences or tasks.
 
     "val_loss" is in nats per token, "val_bits_per_byte" per byte of text. "hellaswag_acc" is how often the right ending
     has the smallest summed loss, "hellaswag_acc_norm" the smallest per token. "lambada_acc" is how often all tokens of
     the last word are the most likely, "lambada_perplexity" the exponential of the mean loss of a word.
     """
     model.eval()
-    metrics, means = {}, {}
+    means, others, metrics = {}, {}, {}
     for name, data in sets.items():
         nats, top = score(model, scorer, name, data, job, autocast)
         if name == "val":
             means["val_loss"] = nats / data.scored
-            metrics["val_perplexity"] = np.exp(means["val_loss"].mean())
-            metrics["val_bits_per_byte"] = nats.sum() / math.log(2) / max(1, data.labels.sum())
+            others["val_perplexity"] = np.exp(means["val_loss"].mean())
+            others["val_bits_per_byte"] = nats.sum() / math.log(2) / max(1, data.labels.sum())
         elif name == "lambada":
             means["lambada_acc"] = top == data.scored
-            metrics["lambada_perplexity"] = np.exp(nats.mean())
+            others["lambada_perplexity"] = np.exp(nats.mean())
         else:
             by_task = (len(data.labels), -1)
             means["hellaswag_acc"] = nats.reshape(by_task).argmin(axis=1) == data.labels
@@ -514,7 +512,7 @@ def evaluate(
         metrics[name] = values.mean()
         metrics[f"{name}_se"] = values.std(ddof=1) / math.sqrt(len(values)) if len(values) > 1 else math.nan
     model.train()
-    return {name: float(value) if np.isfinite(value) else None for name, value in metrics.items()}
+    return {name: float(value) if np.isfinite(value) else None for name, value in (metrics | others).items()}
 
 
 # The run
@@ -527,9 +525,8 @@ def build_model(config: TrainConfig, source: Path | None, meta: dict) -> GPT:
         return GPT(replace(MODEL_SIZES[config.model], block_size=T, vocab_size=vocab_size, dropout=config.dropout))
     shape, tokenizer = gpt.read_config(source)
     if (tokenizer, shape.vocab_size) != (meta["tokenizer"], vocab_size):
-        raise ValueError(
-            f"{source} uses the {tokenizer} tokenizer, and {config.data} the {meta['tokenizer']} tokenizer"
-        )
+        theirs, ours = f"{tokenizer} tokenizer ({shape.vocab_size})", f"{meta['tokenizer']} tokenizer ({vocab_size})"
+        raise ValueError(f"{source} uses the {theirs}, and {config.data} the {ours}")
     if shape.block_size < T:
         raise ValueError(f"--sequence-length {T} is more than {source}'s context of {shape.block_size}")
     return gpt.load_model(source, config.dropout)
@@ -583,7 +580,7 @@ def train(config: TrainConfig, given: dict[str, Any] | None = None) -> int:
     state = load_trainer(source) if resuming else {}
     if resuming:
         config = resumed_config(config, asdict(config) if given is None else given, source, state["config"])
-        check_config(config)
+    check_config(config)
     status(f"reading {source or config.data}")
     data, T, evaluates = Path(config.data), config.sequence_length, config.eval_every > 0 or config.eval_only
     meta, val_split = files.read_meta(data), files.open_split(data, "val", T) if evaluates else None
@@ -599,7 +596,6 @@ def train(config: TrainConfig, given: dict[str, Any] | None = None) -> int:
     # The processes, and on the device of each the model
     job = start_job(config.device)
     device, main_process = job.device, job.rank == 0
-    out.mkdir(parents=True, exist_ok=True)
     if len(set(gather_objects((source, resuming)))) > 1:
         raise FileNotFoundError(f"the ranks see different files in {out}; it must be on a disk that all machines share")
     digests = check_shards(split, job)
@@ -615,15 +611,11 @@ def train(config: TrainConfig, given: dict[str, Any] | None = None) -> int:
         measure = partial(evaluate, model, torch.compile(model.score) if compiles else None, sets, job, autocast)
     if config.eval_only:
         entry = {"evaluated": str(source)} | measure()
-        if main_process:
-            log = out / "metrics.jsonl"  # of a run that is going on, perhaps; a line that was cut short stays alone
-            cut = log.exists() and not log.read_bytes().endswith(b"\n")
-            with open(log, "a", encoding="utf-8") as file:
-                file.write("\n" * cut + json.dumps(entry) + "\n")
-            say(describe(entry))
-            for size, figures in PUBLISHED.items():
-                if MODEL_SIZES[size] == replace(model.config, dropout=0.0):
-                    say(f"published for {size}: {figures}")
+        say(describe(entry))
+        for size, figures in PUBLISHED.items():
+            if MODEL_SIZES[size] == replace(model.config, dropout=0.0):
+                say(f"published for {size}: {figures}")
+        say(json.dumps(entry))
         return 0
 
     # The optimizer, and what a checkpoint says of it
@@ -647,8 +639,8 @@ def train(config: TrainConfig, given: dict[str, Any] | None = None) -> int:
         ids = [device] if device.type == "cuda" else None
         runner = DistributedDataParallel(runner, device_ids=ids, gradient_as_bucket_view=True)
     if runner is not model:
-        # A pass for nothing: the first update's rate is then without compiling, and DistributedDataParallel, which
-        # after its first backward sums gradients in another order, has that behind it when a resumed run begins.
+        # A warm-up pass: the first update's rate then leaves compiling out, and DistributedDataParallel, which reorders
+        # its sums after its first backward, has already done so when a run resumes.
         status("compiling" if compiles else "connecting")
         nothing = torch.zeros(config.micro_batch_size, T, dtype=torch.int64, device=device)
         with autocast:
@@ -656,7 +648,7 @@ def train(config: TrainConfig, given: dict[str, Any] | None = None) -> int:
         optimizer.zero_grad(set_to_none=True)
 
     # The log
-    log = open_log(out / "metrics.jsonl", step or -1) if main_process else None  # from scratch, 0 is evaluated again
+    log = open_log(out / "metrics.jsonl", step or -1) if main_process else None  # a new run evaluates step 0 again
     board = SummaryWriter(out, purge_step=step + 1) if config.tensorboard and main_process else None
     peak = gpt.peak_flops(torch.cuda.get_device_name(), dtype) if device.type == "cuda" else None
     flops = gpt.flops_per_token(replace(model.config, block_size=T))
@@ -673,10 +665,8 @@ def train(config: TrainConfig, given: dict[str, Any] | None = None) -> int:
         return step == config.steps or (every > 0 and step % every == 0)
 
     shape, passes = model.config, config.total_batch_tokens // (T * config.micro_batch_size * job.world_size)
-    begins, epochs = (
-        f"{'resumed' if resuming else 'started'} from {source or 'scratch'}",
-        config.steps * config.total_batch_tokens / tokens,
-    )
+    begins = f"{'resumed' if resuming else 'started'} from {source or 'scratch'}"
+    epochs = config.steps * config.total_batch_tokens / tokens
     say(f"{shape.n_layer} layers of {shape.n_embd}, {gpt.parameter_count(model):,} parameters, {begins}")
     say(f"{tokens:,} tokens; {config.steps:,} updates of {config.total_batch_tokens:,} are {epochs:.3g} epochs")
     how = f"{device.type}, {str(dtype)[6:]}, {'compiled' if compiles else 'not compiled'}"
@@ -700,8 +690,7 @@ def train(config: TrainConfig, given: dict[str, Any] | None = None) -> int:
         loss = torch.zeros((), device=device)
         for i, sequences in enumerate(batch):
             status(f"step {step} of {config.steps}: micro-batch {i + 1} of {len(batch)}")
-            # Gradients are exchanged in the last micro-step only. The usual no_sync() sets the same flag; it must
-            # be set for the forward already, which reads it.
+            # Gradients are exchanged in the last micro-step only. no_sync() sets the same flag; the forward reads it.
             if dist.is_initialized():
                 runner.require_backward_grad_sync = i + 1 == len(batch)
             with autocast:
@@ -768,7 +757,7 @@ def main(argv: list[str] | None = None) -> None:
         parser.error(str(error))
     code, problem, rank = 1, "", os.environ.get("RANK", "0")
     try:
-        # The first process writes for all; an evaluation alone appends a line, to the log of a run going on perhaps.
+        # The first process writes for all; an evaluation alone writes nothing.
         with nullcontext() if config.eval_only or rank != "0" else files.locked(Path(config.out)):
             code = train(config, given)
     except KeyboardInterrupt:
