@@ -421,8 +421,8 @@ def load_model(directory: str | Path, dropout: float = 0.0) -> GPT:
         stored = {name.removeprefix("transformer."): tensor for name, tensor in load_file(path).items()}
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged or not a safetensors file: {error}") from error
-    if f"h.{config.n_layer - 1}.ln_1.weight" not in stored:
-        raise ValueError(f"{path} has no transformer.h.{config.n_layer - 1}")
+    if (layers := len({name.split(".")[1] for name in stored if name.startswith("h.")})) != config.n_layer:
+        raise ValueError(f"{path} has {layers} layers, and config.json says {config.n_layer}")
 
     with torch.device("meta"):  # no time spent on an initialization that the file replaces
         model = GPT(replace(config, dropout=dropout))
@@ -472,8 +472,8 @@ def sample_token(
     top_p: float | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """(B, V) logits to (B,) int64 tokens; temperature 0 takes the most likely one."""
-    if temperature == 0:
+    """(B, V) logits to (B,) int64 tokens; below a temperature of 1e-6 the most likely one."""
+    if temperature < 1e-6:
         return logits.argmax(dim=-1)
     probs, tokens = probabilities(logits, temperature, top_k, top_p)
     # argmax(p / Exponential(1)) is a draw from p, and unlike torch.multinomial it never waits for the GPU.

@@ -30,6 +30,7 @@ import math
 import multiprocessing
 import os
 import re
+import shlex
 import shutil
 import sys
 import time
@@ -50,6 +51,7 @@ import tiktoken
 HUB_DATASETS = {"fineweb-edu": "HuggingFaceFW/fineweb-edu", "fineweb": "HuggingFaceFW/fineweb"}
 OPENAI_MODELS = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 VOCAB_SIZES = {"gpt2": 50257, "byte": 257}  # of the tokenizers
+TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer_config.json")
 FORMATS = (".txt", ".jsonl", ".jsonl.gz", ".parquet")
 SHARD_MAGIC, SHARD_VERSION, HEADER_BYTES = 20240520, 1, 1024
 DOWNLOAD_ATTEMPTS = 8  # in a row that bring nothing new
@@ -239,11 +241,8 @@ def tokenizer_files(tokenizer: tiktoken.Encoding) -> dict[str, str]:
     vocab = {"".join(parts): token for token, parts in enumerate(parts_of)} | {"<|endoftext|>": tokenizer.eot_token}
     special = dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>")
     merges = ["#version: 0.2", *(" ".join(parts) for parts in parts_of if len(parts) == 2)]
-    return {
-        "vocab.json": json.dumps(vocab),
-        "merges.txt": "\n".join(merges) + "\n",
-        "tokenizer_config.json": json.dumps({"tokenizer_class": "GPT2Tokenizer", "add_prefix_space": False} | special),
-    }
+    config = json.dumps({"tokenizer_class": "GPT2Tokenizer", "add_prefix_space": False} | special)
+    return dict(zip(TOKENIZER_FILES, (json.dumps(vocab), "\n".join(merges) + "\n", config), strict=True))
 
 
 def encode(tokenizer: tiktoken.Encoding, text: str) -> list[np.ndarray]:
@@ -394,7 +393,7 @@ PART_BYTES = 1 << 21  # of a file, for a worker at a time
 def count_parts(file: RawFile) -> int:
     """Into how many parts a file is cut, which are read one apart from the other. A .txt is one, being one document;
     so is a .gz, which can only be read from its beginning."""
-    return -(-file.size // PART_BYTES) if file.name.lower().endswith((".parquet", ".jsonl")) else 1
+    return max(1, math.ceil(file.size / PART_BYTES)) if file.name.lower().endswith((".parquet", ".jsonl")) else 1
 
 
 def read_texts(path: Path, part: int, parts: int) -> Iterator[str | None]:
@@ -407,7 +406,7 @@ def read_texts(path: Path, part: int, parts: int) -> Iterator[str | None]:
 
             file = pyarrow.parquet.ParquetFile(path)
             types = [str(column.type) for column in file.schema_arrow if column.name == "text"]
-            if len(types) != 1 or "string" not in types[0]:
+            if len(types) != 1 or not re.match("(dictionary<values=)?(large_)?string", types[0]):
                 raise ValueError(f"it must have one column named text, of strings; it has {file.schema_arrow.names}")
             begin, end = (n * file.num_row_groups // parts for n in (part, part + 1))
             for batch in file.iter_batches(1000, range(begin, end), columns=["text"], use_threads=False):
@@ -425,7 +424,9 @@ def read_texts(path: Path, part: int, parts: int) -> Iterator[str | None]:
                     where = f", at byte {file.tell():,},"
                     if not (line := file.readline()):
                         break
-                    text = read_object(line, "it")["text"] if line.strip() else None
+                    text = read_object(line, "it").get("text", 0) if line.strip() else ""
+                    if not isinstance(text, str | None):
+                        raise ValueError('it has no string under "text"')
                     (text or "").encode()  # JSON can spell half a character
                     yield text
     except Exception as error:  # of the file system, zlib, JSON, pyarrow, ...
@@ -452,11 +453,11 @@ def end_with_parent() -> None:
 
 
 def tokenize_in_order(
-    files: list[RawFile], parts: list[tuple[int, int]], raw: Path, tokenizer_name: str, workers: int
+    files: list[RawFile], parts: list[tuple[int, int]], work: Path, tokenizer_name: str, workers: int
 ) -> Iterator[Path]:
     """
     Files with the tokens of each of the parts, (index of its file, number in that file), in order. Worker processes are
-    a few parts ahead, and one of them fetches the next file; all goes to the directory `raw`. Raises OSError when a
+    a few parts ahead, and one of them fetches the next file; all goes to the directory `work`. Raises OSError when a
     worker was killed: since tokens come in files, what goes through the pipe is too short to be cut in two by that.
     """
     pool = ProcessPoolExecutor(workers + 1, multiprocessing.get_context("spawn"), end_with_parent)
@@ -469,16 +470,16 @@ def tokenize_in_order(
 
     @cache
     def fetch(index: int) -> Future:
-        return submit(download, files[index], raw / Path(files[index].name).name)
+        return submit(download, files[index], work / Path(files[index].name).name)
 
-    raw.mkdir(parents=True, exist_ok=True)
+    work.mkdir(parents=True, exist_ok=True)
     pending: deque[Future] = deque()
     try:
         for index, part in parts:
             path = fetch(index).result()
             if index + 1 < len(files):
                 fetch(index + 1)
-            result = raw / f"{index}_{part}.tokens"
+            result = work / f"{index}_{part}.tokens"
             pending.append(submit(tokenize, path, part, count_parts(files[index]), tokenizer_name, result))
             if len(pending) == 4 * workers:
                 yield pending.popleft().result()
@@ -602,6 +603,8 @@ def local_file(path: Path) -> RawFile:
     """A file of the user's. Raises FileNotFoundError or ValueError for one that cannot be read as text."""
     if path.is_dir():
         raise ValueError(f"{path} is a directory; give the files in it: --input {path}/*")
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path} is not a regular file")
     if not path.name.lower().endswith(FORMATS):
         raise ValueError(f"{path}: the format is not known; give {', '.join(FORMATS)}")
     return RawFile(str(path), path.stat().st_size, sha256_of(path))
@@ -673,9 +676,9 @@ def add_shard(out: Path, meta: dict, split: str, pieces: list[np.ndarray], posit
 
 def prepare(settings: dict, files: list[RawFile], out: Path, workers: int) -> dict:
     """Prepare `out` as `settings` say, or continue that; returns the content of its meta.json."""
-    meta, raw = read_progress(out / "meta.json", settings), out / "raw"
+    meta, work = read_progress(out / "meta.json", settings), out / ".work"
     if meta and meta["complete"]:
-        shutil.rmtree(raw, ignore_errors=True)
+        shutil.rmtree(work, ignore_errors=True)
         say(f"{out} is already prepared")
         return meta
     if not (out / "meta.json").exists() and any(out.glob("*.bin")):
@@ -694,7 +697,7 @@ def prepare(settings: dict, files: list[RawFile], out: Path, workers: int) -> di
     first, skip = meta["position"]
     done = resumed = meta["train"]["tokens"] + meta["val"]["tokens"]
     pieces, (split, room), began = [], next_shard(meta), time.monotonic()
-    with closing(tokenize_in_order(files, parts[first:], raw, tokenizer, workers)) as stream:
+    with closing(tokenize_in_order(files, parts[first:], work, tokenizer, workers)) as stream:
         for number, path in enumerate(stream, start=first):
             tokens = np.fromfile(path, dtype=np.uint16)
             path.unlink()
@@ -705,7 +708,7 @@ def prepare(settings: dict, files: list[RawFile], out: Path, workers: int) -> di
                 if room == 0:
                     add_shard(out, meta, split, pieces, [number, used])
                     for file in files[: parts[number][0]]:  # all of whose tokens are in shards
-                        (raw / Path(file.name).name).unlink(missing_ok=True)
+                        (work / Path(file.name).name).unlink(missing_ok=True)
                     pieces, (split, room) = [], next_shard(meta)
             rate = (done - resumed) / (elapsed := time.monotonic() - began)
             left = elapsed * (len(parts) - number - 1) / (number + 1 - first)
@@ -716,11 +719,17 @@ def prepare(settings: dict, files: list[RawFile], out: Path, workers: int) -> di
     if pieces:
         add_shard(out, meta, split, pieces, [len(parts), 0])
     if meta["train"]["tokens"] == 0:
-        problem = f"all {done:,} tokens of it go to the validation split; lower --val-tokens" if done else "it is empty"
+        problem = (
+            f"all {done:,} tokens of it go to the validation split; give a lower --val-tokens and another --out"
+            if done
+            else "it is empty"
+        )
         raise ValueError(f"there is no text to train on in {', '.join(file.name for file in files)}: {problem}")
+    if changed := [file.name for file in files if not file.url and sha256_of(Path(file.name)) != file.sha256]:
+        raise ValueError(f"{changed[0]} has changed while it was read; prepare it again, to another --out")
     meta["complete"] = True
     write_json(out / "meta.json", meta)
-    shutil.rmtree(raw, ignore_errors=True)
+    shutil.rmtree(work, ignore_errors=True)
     return meta
 
 
@@ -754,14 +763,14 @@ def prepare_source(source: str | None, args: argparse.Namespace) -> None:
             return write_checksums(out)
         files = [local_file(Path(path)) for path in args.input or []]
         if source == "demo":
-            files = [demo_file(out / "raw" / "demo.jsonl")]
+            files = [demo_file(out / ".work" / "demo.jsonl")]
         elif source == "shakespeare":
             files = [FILES[source]]
         tokenizer, val_tokens = args.tokenizer or ("byte" if source == "demo" else "gpt2"), args.val_tokens
         if val_tokens is None:  # of a small text about a tenth
             tenth = 1 + sum(file.size for file in files) // (10 if tokenizer == "byte" else 40)
             val_tokens = min(10**7, tenth) if files else 10**8
-            val_tokens = min(val_tokens, (args.max_tokens or sys.maxsize) // 10)
+            val_tokens = max(1, min(val_tokens, (args.max_tokens or sys.maxsize) // 10))
         if args.max_tokens and val_tokens >= args.max_tokens:
             raise ValueError(f"--val-tokens {val_tokens:,} must be less than --max-tokens {args.max_tokens:,}")
         settings = {
@@ -776,7 +785,7 @@ def prepare_source(source: str | None, args: argparse.Namespace) -> None:
     for split in ("train", "val"):
         shards = f"{meta[split]['shards']:,} shard{'s' * (meta[split]['shards'] != 1)}"
         say(f"{split}: {meta[split]['tokens']:,} tokens in {shards}, {out}/{split}_*.bin")
-    options = " --preset small" * (meta["train"]["tokens"] < 10**7) + f" --data {out}"
+    options = " --preset small" * (meta["train"]["tokens"] < 10**7) + f" --data {shlex.quote(str(out))}"
     options = {"data/fineweb-edu": "", "data/demo": " --preset demo"}.get(str(out), options)
     say(f"train on it with: python train.py{options}")
 
@@ -799,6 +808,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--max-tokens", type=amount, help="stop after this many, validation included (default: all)")
     parser.add_argument("--workers", type=number(int, 1, 1024), default=os.cpu_count(), help="(default: one per core)")
     prepare_process()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C, so that the workers are ended in order
     args, unknown = parser.parse_known_args(argv)
     if unknown:
         parser.error(f"unrecognized arguments: {' '.join(unknown)} (your own files go after --input)")

@@ -113,6 +113,7 @@ PRESETS = {
     "small": SMALL,  # for a single book: a few minutes on a laptop
     "demo": replace(SMALL, data="data/demo", out="out/demo", steps=1400),
 }
+CHECKPOINT_FILES = ("config.json", "model.safetensors", "trainer.pt", *files.TOKENIZER_FILES)
 FLOAT16_SKIPS = 20  # consecutive updates that float16's scaler may skip while it looks for its scale
 
 
@@ -172,6 +173,8 @@ def start_job(device: str) -> Job:
     """Choose the device and, under torchrun, join the other processes. Raises ValueError for one that is not here."""
     chosen = gpt.choose_device(device)
     rank, local_rank, world_size = (int(os.environ.get(name, "0")) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
+    if rank >= max(1, world_size):
+        raise ValueError(f"RANK is {rank}, and WORLD_SIZE {world_size}; start several processes with torchrun")
     if chosen.type == "cuda":
         if local_rank >= torch.cuda.device_count():
             raise ValueError(f"{local_rank + 1} processes were started for {torch.cuda.device_count()} GPUs")
@@ -306,13 +309,13 @@ def find_source(config: TrainConfig) -> tuple[Path | None, bool]:
     are named and passed over. Raises FileExistsError for a run that is there and not to be resumed, FileNotFoundError
     for weights that are not there, ValueError for damaged ones."""
     out, found = Path(config.out), files.checkpoints(Path(config.out))
-    begun = found or any("train_loss" in entry for entry in read_log(out / "metrics.jsonl"))
+    begun = found or any(entry.get("step") != 0 for entry in read_log(out / "metrics.jsonl"))
     if begun and not config.resume and not config.eval_only:
         raise FileExistsError(f"{out} already holds a run; continue it with --resume, or give another --out")
     if config.resume or (config.eval_only and not config.init_from):
         for checkpoint in reversed(found):
             try:
-                files.check_checksums(checkpoint, ["config.json", "model.safetensors", "trainer.pt"])
+                files.check_checksums(checkpoint, CHECKPOINT_FILES)
                 return checkpoint, not config.eval_only
             except (ValueError, OSError) as error:
                 say(f"warning: {error}; passing over {checkpoint.name}")
@@ -588,7 +591,7 @@ def train(config: TrainConfig, given: dict[str, Any] | None = None) -> int:
     tokens, whole = sum(split.tokens), T * int(split.first[-1])
     if config.total_batch_tokens > whole and not config.eval_only:
         problem = f"an update of {config.total_batch_tokens:,} tokens is more than all {whole:,} of {data}"
-        raise ValueError(f"{problem}; take --preset small, or a smaller --total-batch-tokens")
+        raise ValueError(f"{problem}; take a smaller --total-batch-tokens, or --preset small")
     files.get_tokenizer(meta["tokenizer"])  # one that cannot be fetched is noticed now
     if config.tensorboard:
         from torch.utils.tensorboard import SummaryWriter
@@ -767,9 +770,12 @@ def main(argv: list[str] | None = None) -> None:
     except ModuleNotFoundError as error:
         problem = f"{error}; pip install {error.name}"
     except RuntimeError as error:
-        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+        if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+            problem = "out of memory; leave --micro-batch-size out, or take a smaller --model or --sequence-length"
+        elif type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):  # no C compiler, for one
+            problem = f"the model could not be compiled ({str(error).splitlines()[0]}); give --no-compile"
+        else:
             raise
-        problem = "out of memory; leave --micro-batch-size out, or take a smaller --model or --sequence-length"
     # An error before the processes have met occurs in all of them; one per machine reports it.
     if problem and (dist.is_initialized() or os.environ.get("LOCAL_RANK", "0") == "0"):
         files.fail("train.py", problem)
