@@ -33,6 +33,8 @@ from types import ModuleType
 from typing import NamedTuple, TextIO
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet as parquet
 import pytest
 import regex
 import tiktoken
@@ -48,6 +50,7 @@ import sample
 import train
 from model import GPT, MODEL_SIZES, GPTConfig, generate, load_model, save_model
 
+Patch, Capture = pytest.MonkeyPatch, pytest.CaptureFixture
 ROOT = Path(__file__).parent
 TINY = GPTConfig(block_size=16, vocab_size=61, n_layer=2, n_head=2, n_embd=32)
 CPU = torch.device("cpu")
@@ -116,7 +119,7 @@ def contents(directory: Path) -> dict[Path, bytes]:
     return {path: path.read_bytes() for path in directory.rglob("*") if path.is_file() and path.name != ".lock"}
 
 
-def refusal(main: Callable, capsys: pytest.CaptureFixture, *options: object, status: int = 1) -> str:
+def refusal(main: Callable, capsys: Capture, *options: object, status: int = 1) -> str:
     """The one line with which a script, called in this process, ends on an error."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as ending:
@@ -455,9 +458,7 @@ def site() -> Iterator[Site]:
     server.server_close()
 
 
-def test_openai_weights_are_fetched_once_and_checked(
-    site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_openai_weights_are_fetched_once_and_checked(site: Site, tmp_path: Path, monkeypatch: Patch) -> None:
     monkeypatch.setenv("HF_ENDPOINT", site.url)
     monkeypatch.setenv("HF_TOKEN", "secret\n")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -504,6 +505,10 @@ def read_shards(directory: Path, split: str) -> np.ndarray:
     return np.concatenate(pieces) if pieces else np.empty(0, dtype=np.uint16)
 
 
+def all_tokens(directory: Path) -> np.ndarray:
+    return np.concatenate([read_shards(directory, split) for split in ("val", "train")])
+
+
 def documents(count: int = 400) -> list[str]:
     """Texts of many lengths, with everything in them that a tokenizer could stumble over."""
     rng = np.random.default_rng(0)
@@ -526,15 +531,12 @@ def byte_tokens(texts: list[str]) -> np.ndarray:
 
 
 def test_every_format_gives_the_tokens_of_its_texts(tmp_path: Path) -> None:
-    import pyarrow
-    import pyarrow.parquet
-
     texts = documents()
     write_jsonl(tmp_path / "a.jsonl", [*texts[:50], "", *texts[50:]])
     with gzip.open(tmp_path / "b.jsonl.gz", "wb") as file:
         file.write((tmp_path / "a.jsonl").read_bytes() + b'\n{"text": null}\n')
     table = pyarrow.table({"id": range(401), "text": [*texts, None]})
-    pyarrow.parquet.write_table(table, tmp_path / "c.parquet", row_group_size=30)
+    parquet.write_table(table, tmp_path / "c.parquet", row_group_size=30)
     (tmp_path / "d.txt").write_bytes("".join(texts).encode())
     expected = byte_tokens(texts)
     for name in ("a.jsonl", "b.jsonl.gz", "c.parquet", "d.txt"):
@@ -553,12 +555,9 @@ def test_every_format_gives_the_tokens_of_its_texts(tmp_path: Path) -> None:
         assert sorted(path.name for path in out.iterdir())[:3] == [".lock", "meta.json", "train_000000.bin"]
 
 
-def test_a_file_is_read_in_parts_as_in_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import pyarrow
-    import pyarrow.parquet
-
+def test_a_file_is_read_in_parts_as_in_one(tmp_path: Path, monkeypatch: Patch) -> None:
     texts = documents()
-    pyarrow.parquet.write_table(pyarrow.table({"text": texts}), tmp_path / "a.parquet", row_group_size=30)
+    parquet.write_table(pyarrow.table({"text": texts}), tmp_path / "a.parquet", row_group_size=30)
     for path in (write_jsonl(tmp_path / "a.jsonl", texts), tmp_path / "a.parquet"):
         for size in (100, 1001, 10**9):
             monkeypatch.setattr(prepare_data, "PART_BYTES", size)
@@ -605,14 +604,11 @@ def test_tokenizer_files_describe_the_same_tokenizer() -> None:
 
 def serve_hub(site: Site, directory: Path, texts: list[str], files: int) -> None:
     """Put texts on a server as the hub shows them: Parquet files of FineWeb-Edu's sample-10BT, listed on two pages."""
-    import pyarrow
-    import pyarrow.parquet
-
     entries, size = [], len(texts) // files
     for i in range(files):
         path, name = directory / f"{i}.parquet", f"sample/10BT/{i:03d}_00000.parquet"
         table = pyarrow.table({"text": texts[size * i : size * (i + 1)]})
-        pyarrow.parquet.write_table(table, path, row_group_size=size // 7)
+        parquet.write_table(table, path, row_group_size=size // 7)
         site.content[f"{FINEWEB}/resolve/main/{name}"] = data = path.read_bytes()
         entries.append({"path": name, "size": len(data), "lfs": {"oid": hashlib.sha256(data).hexdigest()}})
     listing = f"/api{FINEWEB}/tree/main/sample/10BT"
@@ -651,8 +647,7 @@ def test_law_5_shards_do_not_depend_on_workers_or_on_kills(site: Site, tmp_path:
         assert {path.name for path in (tmp_path / other).iterdir()} == names
         for name in names - {".lock"}:
             assert (tmp_path / other / name).read_bytes() == (tmp_path / "1" / name).read_bytes(), (other, name)
-    tokens = np.concatenate([read_shards(tmp_path / "killed", split) for split in ("val", "train")])
-    assert np.array_equal(tokens, byte_tokens(texts))
+    assert np.array_equal(all_tokens(tmp_path / "killed"), byte_tokens(texts))
 
 
 def test_a_killed_worker_ends_the_preparation_in_one_line(tmp_path: Path) -> None:
@@ -665,11 +660,10 @@ def test_a_killed_worker_ends_the_preparation_in_one_line(tmp_path: Path) -> Non
         assert process.wait(timeout=TIMEOUT) == 1
     assert re.fullmatch(r"prepare_data.py: error: a worker process was killed .*\n", (tmp_path / "said").read_text())
     run("prepare_data.py", *options)
-    tokens = np.concatenate([read_shards(tmp_path / "out", split) for split in ("val", "train")])
-    assert np.array_equal(tokens, byte_tokens(documents() * 60))
+    assert np.array_equal(all_tokens(tmp_path / "out"), byte_tokens(documents() * 60))
 
 
-def test_a_download_that_brings_nothing_new_ends(site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_download_that_brings_nothing_new_ends(site: Site, tmp_path: Path, monkeypatch: Patch) -> None:
     waits, content = [], bytes(range(256)) * 1000
     monkeypatch.setattr(prepare_data.time, "sleep", waits.append)
     monkeypatch.setenv("HF_ENDPOINT", site.url)
@@ -698,8 +692,7 @@ def test_full_disk_ends_in_one_line_and_can_go_on(tmp_path: Path) -> None:
     done = prepare(tmp_path / "out", *options, status=1, largest_file=60_000)
     assert done.stderr.startswith("prepare_data.py: error: the disk is full") and done.stderr.count("\n") == 1
     prepare(tmp_path / "out", *options)
-    tokens = np.concatenate([read_shards(tmp_path / "out", split) for split in ("val", "train")])
-    assert np.array_equal(tokens, byte_tokens(documents()))
+    assert np.array_equal(all_tokens(tmp_path / "out"), byte_tokens(documents()))
 
 
 def test_memory_does_not_grow_with_the_corpus(tmp_path: Path) -> None:
@@ -718,9 +711,7 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path: Path) -> None:
     assert peaks[1] < 1.1 * peaks[0], peaks
 
 
-def test_a_finished_directory_is_left_alone_and_other_settings_are_refused(
-    tmp_path: Path, capsys: pytest.CaptureFixture
-) -> None:
+def test_a_finished_directory_is_left_alone_and_other_settings_are_refused(tmp_path: Path, capsys: Capture) -> None:
     source = write_jsonl(tmp_path / "a.jsonl", documents())
     prepare(tmp_path / "out", "--input", source, "--max-tokens", "50k")
     assert len(read_shards(tmp_path / "out", "train")) == 45_000 and len(read_shards(tmp_path / "out", "val")) == 5_000
@@ -736,14 +727,11 @@ def test_a_finished_directory_is_left_alone_and_other_settings_are_refused(
     assert "not prepared by this script" in message
 
 
-def test_bad_text_is_named_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    import pyarrow
-    import pyarrow.parquet
-
-    pyarrow.parquet.write_table(pyarrow.table({"body": ["a"]}), tmp_path / "column.parquet")
-    pyarrow.parquet.write_table(pyarrow.table({"text": [1, 2]}), tmp_path / "numbers.parquet")
-    pyarrow.parquet.write_table(pyarrow.table({"text": documents()}), tmp_path / "whole.parquet")
-    pyarrow.parquet.write_table(pyarrow.table({"text": [["a", "b"]]}), tmp_path / "lists.parquet")
+def test_bad_text_is_named_in_one_line(tmp_path: Path, capsys: Capture) -> None:
+    parquet.write_table(pyarrow.table({"body": ["a"]}), tmp_path / "column.parquet")
+    parquet.write_table(pyarrow.table({"text": [1, 2]}), tmp_path / "numbers.parquet")
+    parquet.write_table(pyarrow.table({"text": documents()}), tmp_path / "whole.parquet")
+    parquet.write_table(pyarrow.table({"text": [["a", "b"]]}), tmp_path / "lists.parquet")
     (tmp_path / "none.parquet").write_bytes(b"")
     (tmp_path / "cut.parquet").write_bytes((tmp_path / "whole.parquet").read_bytes()[:-20])
     (tmp_path / "line.jsonl").write_text('{"text": "good"}\n\n{"text": "cut\n')
@@ -756,7 +744,7 @@ def test_bad_text_is_named_in_one_line(tmp_path: Path, capsys: pytest.CaptureFix
     (tmp_path / "bytes.jsonl").write_bytes(b'{"text": "\xff"}\n')
     (tmp_path / "bytes.txt").write_bytes(b"good \xff")
     columns = [pyarrow.array(["a"]), pyarrow.array(["b"])]
-    pyarrow.parquet.write_table(pyarrow.table(columns, names=["text", "text"]), tmp_path / "twice.parquet")
+    parquet.write_table(pyarrow.table(columns, names=["text", "text"]), tmp_path / "twice.parquet")
     (tmp_path / "text.doc").write_bytes(b"?")
     for name, said in [
         ("column.parquet", r"column.parquet cannot .* one column named text, of strings; it has \['body'\]"),
@@ -800,15 +788,14 @@ def test_bad_text_is_named_in_one_line(tmp_path: Path, capsys: pytest.CaptureFix
 
 
 def test_fineweb_is_fetched_from_the_hub_through_every_fault(
-    site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    site: Site, tmp_path: Path, monkeypatch: Patch, capsys: Capture
 ) -> None:
     texts = documents(3000)
     serve_hub(site, tmp_path, texts, files=3)
     # The first two while it asks for the first page of the listing:
     site.faults[:] = ["503", "drop", "", "", "503", "429", "drop", "drop", "ignore range", "lie", "drop"]
     prepare(tmp_path / "out", "--shard-tokens", "50k", "--val-tokens", "10k", HF_ENDPOINT=site.url, HF_TOKEN="secret")
-    tokens = np.concatenate([read_shards(tmp_path / "out", split) for split in ("val", "train")])
-    assert np.array_equal(tokens, byte_tokens(texts))
+    assert np.array_equal(all_tokens(tmp_path / "out"), byte_tokens(texts))
     assert not site.faults and all(headers.get("Authorization") == "Bearer secret" for _, headers in site.requests)
     assert any("Range" in headers for _, headers in site.requests)
     assert not (tmp_path / "out" / ".work").exists()
@@ -846,7 +833,7 @@ def as_jsonl(rows: list[dict]) -> bytes:
 
 
 def test_evaluation_sets_are_fetched_with_the_default_corpus(
-    site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    site: Site, tmp_path: Path, monkeypatch: Patch, capsys: Capture
 ) -> None:
     for name, rows in task_lines(30).items():
         content, file = as_jsonl(rows), prepare_data.FILES[name]
@@ -904,7 +891,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def tiny_size(monkeypatch: pytest.MonkeyPatch) -> None:
+def tiny_size(monkeypatch: Patch) -> None:
     """A size of which a step takes milliseconds, for runs in this process."""
     monkeypatch.setitem(MODEL_SIZES, "gpt2-tiny", GPTConfig(n_layer=2, n_head=2, n_embd=32))
 
@@ -1011,9 +998,7 @@ def test_law_2_and_6_on_one_process_and_on_two(data: Path, tmp_path: Path) -> No
     assert log[0]["val_loss"] == pytest.approx(loss.item(), rel=1e-5)
 
 
-def test_evaluation_is_what_its_definition_says_on_any_ranks(
-    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture
-) -> None:
+def test_evaluation_is_what_its_definition_says_on_any_ranks(data: Path, tmp_path: Path, capsys: Capture) -> None:
     start = tmp_path / "start"
     save_model(random_model(GPTConfig(40, 257, 2, 2, 32)), start, "byte")
 
@@ -1065,7 +1050,7 @@ def test_evaluation_is_what_its_definition_says_on_any_ranks(
     assert not one.exists() and not many.exists()  # nothing is written
 
 
-def test_tasks_whose_answers_are_known(tmp_path: Path, data: Path, capsys: pytest.CaptureFixture) -> None:
+def test_tasks_whose_answers_are_known(tmp_path: Path, data: Path, capsys: Capture) -> None:
     """A model without blocks, whose embeddings are all at right angles, expects every token to come again."""
     model = random_model(GPTConfig(32, 257, 1, 1, 512))
     with torch.no_grad():
@@ -1191,7 +1176,7 @@ def test_run_goes_on_with_other_ranks_and_divided_optimizer(data: Path, tmp_path
 
 
 def test_divergence_stops_the_run_before_the_update(
-    data: Path, tmp_path: Path, tiny_size: None, capsys: pytest.CaptureFixture
+    data: Path, tmp_path: Path, tiny_size: None, capsys: Capture
 ) -> None:
     changes = {"steps": 9, "warmup_steps": 0, "max_lr": 1e30, "min_lr": 1e30, "checkpoint_every": 1, "eval_every": 0}
     message = refusal(train.main, capsys, *flags(data, tmp_path, **changes))
@@ -1210,7 +1195,7 @@ def test_full_disk_loses_no_checkpoint(data: Path, tmp_path: Path) -> None:
     assert [line["step"] for line in read_log(tmp_path / "out")] == [0, 1, 2, 2]  # from the beginning
 
 
-def test_law_7_a_directory_has_one_writer(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_law_7_a_directory_has_one_writer(data: Path, tmp_path: Path, capsys: Capture) -> None:
     run_flags = flags(data, tmp_path / "run", steps=10**6, checkpoint_every=0)
     training = start("train.py", *run_flags)
     wait_for_lines(tmp_path / "run", 3, training)
@@ -1230,13 +1215,10 @@ def test_law_7_a_directory_has_one_writer(data: Path, tmp_path: Path, capsys: py
     preparing.kill()
     preparing.wait(timeout=TIMEOUT)
     run("prepare_data.py", *options)  # the lock ended with its process
-    tokens = np.concatenate([read_shards(tmp_path / "data", split) for split in ("val", "train")])
-    assert np.array_equal(tokens, byte_tokens(documents() * 100))
+    assert np.array_equal(all_tokens(tmp_path / "data"), byte_tokens(documents() * 100))
 
 
-def test_law_8_nothing_damaged_is_believed(
-    data: Path, tmp_path: Path, tiny_size: None, capsys: pytest.CaptureFixture
-) -> None:
+def test_law_8_nothing_damaged_is_believed(data: Path, tmp_path: Path, tiny_size: None, capsys: Capture) -> None:
     """One flipped bit anywhere in a checkpoint or a shard is noticed and named."""
     whole, rng = run_train(data, tmp_path / "whole"), np.random.default_rng(0)
     sums = subprocess.run(["sha256sum", "-c", "SHA256SUMS"], cwd=whole, capture_output=True, text=True, check=True)
@@ -1308,7 +1290,7 @@ def test_compiled_run_evaluates_samples_and_trains_the_same(data: Path, tmp_path
 
 
 def test_micro_batch_is_found_and_one_too_large_ends_in_one_line(
-    data: Path, tmp_path: Path, tiny_size: None, capsys: pytest.CaptureFixture
+    data: Path, tmp_path: Path, tiny_size: None, capsys: Capture
 ) -> None:
     changes = {"steps": 1, "eval_every": 0, "checkpoint_every": 0, "total_batch_tokens": 2**15}
     found = run_train(data, tmp_path / "found", **changes, micro_batch_size=0)
@@ -1324,7 +1306,7 @@ def test_micro_batch_is_found_and_one_too_large_ends_in_one_line(
     assert "out of memory; leave --micro-batch-size out" in message
 
 
-def test_mfu_is_told_for_known_cards_in_dtypes_that_they_have(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mfu_is_told_for_known_cards_in_dtypes_that_they_have(monkeypatch: Patch) -> None:
     for name, bfloat16, float16, float32 in [
         ("NVIDIA H100 80GB HBM3", 989e12, 989e12, 67e12), ("NVIDIA H100 PCIe", 756e12, 756e12, 51e12),
         ("NVIDIA H200", 989e12, 989e12, 67e12), ("NVIDIA A100-SXM4-80GB", 312e12, 312e12, 19.5e12),
@@ -1387,7 +1369,7 @@ def test_shards_of_other_programs_are_read_and_bad_ones_are_named(data: Path, tm
 
 
 def test_train_says_what_is_wrong_in_one_line(
-    data: Path, tmp_path: Path, tiny_size: None, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+    data: Path, tmp_path: Path, tiny_size: None, capsys: Capture, monkeypatch: Patch
 ) -> None:
     out = tmp_path / "out"
     for changes, said in [
@@ -1416,6 +1398,7 @@ def test_train_says_what_is_wrong_in_one_line(
     assert "has no val_*.bin" in refused(data=str(tmp_path / "empty"))
     prepare_data.write_json(tmp_path / "empty" / "meta.json", {"complete": False})
     assert "is only partly prepared" in refused(data=str(tmp_path / "empty"))
+    assert "an update of 65,536 tokens is more than all 46,912 of" in refused(total_batch_tokens=2**16)
     assert "has no whole checkpoint" in refused(eval_only=True)
     monkeypatch.setitem(sys.modules, "tensorboard", None)
     assert "pip install tensorboard" in refused(tensorboard=True)
@@ -1443,7 +1426,7 @@ def save(directory: Path, block_size: int, tokenizer: str) -> Path:
 
 
 @pytest.mark.parametrize("script", [prepare_data, train, sample])
-def test_readme_names_every_option(script: ModuleType, capsys: pytest.CaptureFixture) -> None:
+def test_readme_names_every_option(script: ModuleType, capsys: Capture) -> None:
     with pytest.raises(SystemExit):
         script.main(["--help"])
     options = set(re.findall(r"--[a-z-]+[a-z]", capsys.readouterr().out)) - {"--help"}
@@ -1456,9 +1439,7 @@ def test_characters_are_never_broken_in_the_stream() -> None:
     assert [decode(0xF0), decode(0x9F), decode(256), decode(97)] == ["", "", "\ufffd", "a"]
 
 
-def test_demo_from_nothing_to_text(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
+def test_demo_from_nothing_to_text(tmp_path: Path, monkeypatch: Patch, capsys: Capture) -> None:
     run("prepare_data.py", "--source", "demo", cwd=tmp_path)
     trained = run("train.py", "--preset", "demo", "--steps", 12, "--sample-every", 12, "--log-every", 1, cwd=tmp_path)
     losses = [line["train_loss"] for line in read_log(tmp_path / "out" / "demo") if "train_loss" in line]
