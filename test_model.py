@@ -1098,10 +1098,9 @@ def assert_same_run(first: Path, second: Path, checkpoint: str) -> None:
     assert read_log(first) == read_log(second)
 
 
-@pytest.mark.parametrize("ranks", [1, 3])
+@pytest.mark.parametrize("ranks", [1, 2])
 def test_law_3_stopped_killed_and_resumed_is_never_stopped(ranks: int, data: Path, tmp_path: Path) -> None:
-    changes = {"steps": 30, "checkpoint_every": 4, "eval_every": 10, "dropout": 0.1, "total_batch_tokens": 384}
-    changes |= {"log_every": 3}
+    changes = {"steps": 30, "checkpoint_every": 4, "eval_every": 10, "dropout": 0.1, "log_every": 3}
     out = tmp_path / "killed"
     processes = start_ranks(ranks, *flags(data, out, **changes))
     wait_for_lines(out, 2, processes[0])
@@ -1140,7 +1139,8 @@ def test_a_killed_worker_is_healed_by_torchrun(data: Path, tmp_path: Path) -> No
                 os.kill(int(process.name), signal.SIGKILL)
     assert agent.wait(timeout=TIMEOUT) == 0
     assert (tmp_path / "output").read_text().count("resumed from") == 1
-    run("torchrun", *torchrun, *flags(data, tmp_path / "whole", **changes))
+    whole = start_ranks(2, *flags(data, tmp_path / "whole", **changes))
+    assert [process.wait(timeout=TIMEOUT) for process in whole] == [0, 0]
     assert_same_run(tmp_path / "healed", tmp_path / "whole", "step_000030")
 
 
@@ -1290,15 +1290,17 @@ def test_compiled_run_evaluates_samples_and_trains_the_same(data: Path, tmp_path
 
 
 def test_micro_batch_is_found_and_one_too_large_ends_in_one_line(
-    data: Path, tmp_path: Path, tiny_size: None, capsys: Capture
+    data: Path, tmp_path: Path, tiny_size: None, monkeypatch: Patch, capsys: Capture
 ) -> None:
     changes = {"steps": 1, "eval_every": 0, "checkpoint_every": 0, "total_batch_tokens": 2**15}
     found = run_train(data, tmp_path / "found", **changes, micro_batch_size=0)
     assert "8 x 1 micro-batches of 128" in capsys.readouterr().out  # 4,096 tokens
     assert_same_weights(found, run_train(data, tmp_path / "given", **changes, micro_batch_size=64), tolerance=2e-5)
+    # Of this size the queries, keys and values of 32,768 tokens alone are 200 MB, more than any heap has in reserve.
+    monkeypatch.setitem(MODEL_SIZES, "gpt2-tiny", GPTConfig(n_layer=2, n_head=2, n_embd=512))
     in_use = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
     limits = resource.getrlimit(resource.RLIMIT_AS)
-    resource.setrlimit(resource.RLIMIT_AS, (in_use + 40_000_000, limits[1]))
+    resource.setrlimit(resource.RLIMIT_AS, (in_use + 300_000_000, limits[1]))
     try:
         message = refusal(train.main, capsys, *flags(data, tmp_path / "much", **changes, micro_batch_size=2**10))
     finally:
@@ -1440,8 +1442,9 @@ def test_characters_are_never_broken_in_the_stream() -> None:
 
 
 def test_demo_from_nothing_to_text(tmp_path: Path, monkeypatch: Patch, capsys: Capture) -> None:
+    options = ["--steps", 12, "--sample-every", 12, "--eval-tokens", 5000]
     run("prepare_data.py", "--source", "demo", cwd=tmp_path)
-    trained = run("train.py", "--preset", "demo", "--steps", 12, "--sample-every", 12, "--log-every", 1, cwd=tmp_path)
+    trained = run("train.py", "--preset", "demo", *options, "--log-every", 1, cwd=tmp_path)
     losses = [line["train_loss"] for line in read_log(tmp_path / "out" / "demo") if "train_loss" in line]
     assert trained.stdout.endswith(
         "12 steps done; sample from the result with: python sample.py --model out/demo/step_000012\n"
