@@ -68,6 +68,7 @@ def sample(args: argparse.Namespace) -> None:
     tokenizer = files.get_tokenizer(name)
     if tokenizer.n_vocab != config.vocab_size:
         raise ValueError(f"{directory} has {config.vocab_size} tokens, and the {name} tokenizer {tokenizer.n_vocab}")
+    files.status(f"reading {directory}")
     model = gpt.center_logits(gpt.load_model(directory)).to(device, gpt.choose_dtype(args.dtype, device))
     files.status("")
     print(f"{directory}: {gpt.parameter_count(model):,} parameters, {device}", file=sys.stderr)
