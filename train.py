@@ -4,7 +4,7 @@ Train a GPT-2 on token shards, on a CPU, on one GPU, or on many under torchrun.
     torchrun --standalone --nproc_per_node=8 train.py     # GPT-2 124M on FineWeb-Edu 10B tokens
     python train.py                                       # the same run on one GPU, by gradient accumulation
     python train.py --preset demo                         # two minutes on a CPU
-    python train.py --eval-only --init-from gpt2          # how good OpenAI's model is, beside what was published
+    python train.py --eval-only --init-from gpt2          # how good OpenAI's model is, and what was published
 
 Reads the shards that prepare_data.py wrote (or llm.c's). Writes to --out: `metrics.jsonl`, a line for each logged step
 and each evaluation, and checkpoints `step_NNNNNN/`, the state after that many updates. The sequences of update s depend
