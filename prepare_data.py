@@ -20,28 +20,25 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # while the packages load, Ctrl-C ends without a traceback
 
 import argparse
-import errno
 import fcntl
 import gzip
 import hashlib
 import itertools
 import json
 import math
-import multiprocessing
 import os
 import re
 import shlex
 import shutil
 import sys
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import closing, contextmanager, suppress
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
-from threading import Thread
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -56,15 +53,51 @@ FORMATS = (".txt", ".jsonl", ".jsonl.gz", ".parquet")
 SHARD_MAGIC, SHARD_VERSION, HEADER_BYTES = 20240520, 1, 1024
 DOWNLOAD_ATTEMPTS = 8  # in a row that bring nothing new
 
+# What the scripts have in common
 
-def prepare_process() -> None:
-    """What a script does first. A standard stream that is closed would leave its descriptor to the next file that is
-    opened; a character that standard output cannot encode would end the run."""
+
+def run(script: str, main: Callable[[], None]) -> None:
+    """Run a script's main function, and end the process without waiting for its threads."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
-        if getattr(sys, name) is None:
+        if getattr(sys, name) is None:  # closed, and the next file to be opened would take its place
             setattr(sys, name, open(os.devnull, mode))
     sys.stdout.reconfigure(errors="replace")
+    code = 0
+    try:
+        main()
+    except SystemExit as ending:
+        code = ending.code
+    except KeyboardInterrupt:
+        print(f"\n{script}: interrupted", file=sys.stderr)
+        code = 130
+    with suppress(OSError):
+        sys.stdout.flush()
+    os._exit(code)
+
+
+@contextmanager
+def one_line_errors(script: str, less: str = "", speaks: Callable[[], bool] = lambda: True) -> Iterator[None]:
+    """Whatever goes wrong that a user can mend ends in one line on standard error, if this process `speaks`, and exit
+    status 1. `less` is what to do when memory is short."""
+    try:
+        yield
+    except BrokenPipeError:  # nobody reads the text any more
+        sys.exit(0)
+    except (ValueError, OSError, FloatingPointError, ModuleNotFoundError, RuntimeError) as error:
+        problem = " ".join(str(error).split())
+        if isinstance(error, ModuleNotFoundError):
+            problem += f"; pip install {error.name}"
+        elif "out of memory" in problem or "can't allocate memory" in problem:
+            problem = f"out of memory; {less}"
+        elif type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):  # no C compiler, for one
+            problem = f"the model could not be compiled ({problem}); leave --compile out, or give --no-compile"
+        elif isinstance(error, RuntimeError):
+            raise
+        status("")
+        if speaks():
+            print(f"{script}: error: {problem}", file=sys.stderr)
+        sys.exit(1)
 
 
 def say(text: str) -> None:
@@ -79,21 +112,28 @@ def say(text: str) -> None:
 
 
 def status(text: str) -> None:
-    """What is going on now, on a terminal, until the next line or status takes its place."""
-    if sys.stderr.isatty() and os.environ.get("RANK", "0") == "0":
+    """What the main thread is doing, on a terminal, until the next line or status takes its place."""
+    main_thread = threading.current_thread() is threading.main_thread()
+    if main_thread and sys.stderr.isatty() and os.environ.get("RANK", "0") == "0":
         print(f"\r{text[: shutil.get_terminal_size().columns - 1]}\x1b[K", end="", file=sys.stderr, flush=True)
 
 
-def clock(seconds: float) -> str:
-    """Hours, minutes and seconds: 1:02:03."""
-    return f"{seconds // 3600:.0f}:{seconds // 60 % 60:02.0f}:{int(seconds % 60):02}"
+def number(kind: Callable[[str], Any], least: float, most: float) -> Callable[[str], Any]:
+    """A parser of command-line values in a range; `kind` int, float, or `token_count`."""
+
+    def parse(text: str) -> Any:
+        with suppress(ValueError, OverflowError):
+            if least <= (value := kind(text)) <= most:
+                return value
+        raise argparse.ArgumentTypeError(f"must be a number from {least:,} to {most:,}, not {text[:40]}")
+
+    return parse
 
 
-def fail(script: str, message: str) -> None:
-    """End with one line on standard error, and exit status 1."""
-    status("")
-    print(f"{script}: error: {' '.join(message.split())}", file=sys.stderr)
-    sys.exit(1)
+def token_count(text: str) -> int:
+    """1000000, 100_000, 500k, 100M or 10B. Raises ValueError."""
+    scale = {"k": 10**3, "m": 10**6, "b": 10**9}.get(text[-1:].lower(), 1)
+    return int(float(text[:-1]) * scale) if scale > 1 else int(text)
 
 
 # Files that are written whole, by one process, and checked when they are read
@@ -122,16 +162,13 @@ def synchronize(path: Path) -> None:
     os.close(descriptor)
 
 
-def write_atomically(path: Path, pieces: Iterable[Any]) -> str:
-    """Write bytes or arrays so that a crash at any moment leaves the old file or the new one. Returns the sha256."""
-    part, digest = path.with_name(path.name + ".tmp"), hashlib.sha256()
+def write_atomically(path: Path, pieces: Iterable[Any]) -> None:
+    """Write bytes or arrays so that a crash at any moment leaves the old file or the new one."""
+    part = path.with_name(path.name + ".tmp")
     with open(part, "wb") as file:
-        for piece in pieces:
-            digest.update(piece)
-            file.write(piece)
+        file.writelines(pieces)
     synchronize(part)
     part.replace(path)
-    return digest.hexdigest()
 
 
 def write_json(path: Path, content: dict) -> None:
@@ -162,11 +199,8 @@ def read_object(text: str | bytes, where: object) -> dict:
 
 def sha256_of(path: Path) -> str:
     status(f"sha256 of {path}")
-    digest = hashlib.sha256()
     with open(path, "rb") as file:
-        while chunk := file.read(1 << 22):
-            digest.update(chunk)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_checksums(directory: Path) -> None:
@@ -339,15 +373,13 @@ def download(file: RawFile, path: Path) -> Path:
             most = max(most, have)
             try:
                 with get(file.url, have) as response:
-                    resumed = response.headers.get("Content-Range", "").startswith(f"bytes {have}-")
-                    if response.status_code == 206 and not resumed:
-                        raise requests.RequestException("the server sends another part than it was asked for")
-                    have = have if resumed else 0
-                    with open(part, "ab" if resumed else "wb") as out:
+                    resumes = response.headers.get("Content-Range", "").startswith(f"bytes {have}-")
+                    with open(part, "ab" if resumes else "wb") as out:
                         for chunk in response.iter_content(1 << 12):  # more would be lost when it breaks off
-                            have += out.write(chunk[: file.size - have])
+                            out.write(chunk)
+                            have = out.tell()
                             status(f"fetching {path.name}: {have / 1e6:,.0f} of {file.size / 1e6:,.0f} MB")
-                            if have == file.size:
+                            if have >= file.size:
                                 break
                 if have < file.size:
                     raise requests.ConnectionError("the connection was closed too early")
@@ -387,18 +419,9 @@ def model_directory(name_or_dir: str | Path) -> Path:
 
 # Text into tokens
 
-PART_BYTES = 1 << 21  # of a file, for a worker at a time
 
-
-def count_parts(file: RawFile) -> int:
-    """Into how many parts a file is cut, which are read one apart from the other. A .txt is one, being one document;
-    so is a .gz, which can only be read from its beginning."""
-    return max(1, math.ceil(file.size / PART_BYTES)) if file.name.lower().endswith((".parquet", ".jsonl")) else 1
-
-
-def read_texts(path: Path, part: int, parts: int) -> Iterator[str | None]:
-    """The documents of one of the parts of a file: the lines of JSON that begin in its bytes, or its share of a Parquet
-    file's row groups. Raises ValueError, with the place, for what is damaged or not valid Unicode."""
+def read_texts(path: Path) -> Iterator[str | None]:
+    """The documents of a file. Raises ValueError, with the place, for what is damaged or not valid Unicode."""
     name, where = path.name.lower(), ""
     try:
         if name.endswith(".parquet"):
@@ -408,8 +431,7 @@ def read_texts(path: Path, part: int, parts: int) -> Iterator[str | None]:
             types = [str(column.type) for column in file.schema_arrow if column.name == "text"]
             if len(types) != 1 or not re.match("(dictionary<values=)?(large_)?string", types[0]):
                 raise ValueError(f"it must have one column named text, of strings; it has {file.schema_arrow.names}")
-            begin, end = (n * file.num_row_groups // parts for n in (part, part + 1))
-            for batch in file.iter_batches(1000, range(begin, end), columns=["text"], use_threads=False):
+            for batch in file.iter_batches(256, columns=["text"]):
                 yield from batch["text"].to_pylist()
         elif name.endswith(".txt"):
             if path.stat().st_size > 1 << 30:
@@ -417,13 +439,8 @@ def read_texts(path: Path, part: int, parts: int) -> Iterator[str | None]:
             yield path.read_bytes().decode()
         else:
             with gzip.open(path) if name.endswith(".gz") else open(path, "rb") as file:
-                if part > 0:  # the line that the byte before belongs to began in the part before
-                    file.seek(part * PART_BYTES - 1)
-                    file.readline()
-                while parts == 1 or file.tell() < (part + 1) * PART_BYTES:
-                    where = f", at byte {file.tell():,},"
-                    if not (line := file.readline()):
-                        break
+                for line_number, line in enumerate(file, start=1):
+                    where = f", line {line_number:,},"
                     text = read_object(line, "it").get("text", 0) if line.strip() else ""
                     if not isinstance(text, str | None):
                         raise ValueError('it has no string under "text"')
@@ -433,64 +450,50 @@ def read_texts(path: Path, part: int, parts: int) -> Iterator[str | None]:
         raise ValueError(f"{path}{where} cannot be read: {error}") from error
 
 
-def tokenize(path: Path, part: int, parts: int, tokenizer_name: str, result: Path) -> Path:
-    """Write the tokens of a part, uint16, each document that is neither empty nor null behind an <|endoftext|>."""
-    tokenizer, pieces = get_tokenizer(tokenizer_name), []
-    for text in filter(None, read_texts(path, part, parts)):
+def read_batches(path: Path, size: int = 1 << 18) -> Iterator[list[str]]:
+    """The documents of a file that are neither empty nor null, at least `size` characters at a time."""
+    batch, length = [], 0
+    for text in filter(None, read_texts(path)):
+        batch.append(text)
+        length += len(text)
+        if length >= size:
+            yield batch
+            batch, length = [], 0
+    yield batch
+
+
+def tokenize(texts: list[str], tokenizer: tiktoken.Encoding) -> np.ndarray:
+    """The tokens of documents, (n,) uint16, each document behind an <|endoftext|>."""
+    pieces = [[]]
+    for text in texts:
         pieces += [np.array([tokenizer.eot_token], dtype=np.uint32), *encode(tokenizer, text)]
-    result.write_bytes(np.concatenate(pieces or [[]], dtype=np.uint16, casting="unsafe"))
-    return result
-
-
-def end_with_parent() -> None:
-    """In a worker: end as soon as the main process has, which the workers of a pool would not notice."""
-
-    def wait() -> None:
-        multiprocessing.parent_process().join()
-        os._exit(1)
-
-    Thread(target=wait, daemon=True).start()
+    return np.concatenate(pieces, dtype=np.uint16, casting="unsafe")
 
 
 def tokenize_in_order(
-    files: list[RawFile], parts: list[tuple[int, int]], work: Path, tokenizer_name: str, workers: int
-) -> Iterator[Path]:
+    files: list[RawFile], place: list[int], work: Path, tokenizer: tiktoken.Encoding, workers: int
+) -> Iterator[tuple[list[int], np.ndarray]]:
     """
-    Files with the tokens of each of the parts, (index of its file, number in that file), in order. Worker processes are
-    a few parts ahead, and one of them fetches the next file; all goes to the directory `work`. Raises OSError when a
-    worker was killed: since tokens come in files, what goes through the pipe is too short to be cut in two by that.
+    The tokens of files, a batch of documents at a time, in order, each with its place: the index of its file, and its
+    own in that file. It begins at `place`. Threads tokenize a few batches ahead (tiktoken does its work outside of
+    Python's lock), and one fetches the next file, to `work`.
     """
-    pool = ProcessPoolExecutor(workers + 1, multiprocessing.get_context("spawn"), end_with_parent)
+    pool, fetcher, pending = ThreadPoolExecutor(workers), ThreadPoolExecutor(1), deque()
 
-    def submit(*call: Any) -> Future:
-        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])  # which workers inherit: Ctrl-C is for this process
-        future = pool.submit(*call)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
-        return future
+    def fetch(index: int) -> Future | None:
+        name = Path(files[index].name).name if index < len(files) else ""
+        return fetcher.submit(download, files[index], work / name) if name else None
 
-    @cache
-    def fetch(index: int) -> Future:
-        return submit(download, files[index], work / Path(files[index].name).name)
-
-    work.mkdir(parents=True, exist_ok=True)
-    pending: deque[Future] = deque()
-    try:
-        for index, part in parts:
-            path = fetch(index).result()
-            if index + 1 < len(files):
-                fetch(index + 1)
-            result = work / f"{index}_{part}.tokens"
-            pending.append(submit(tokenize, path, part, count_parts(files[index]), tokenizer_name, result))
-            if len(pending) == 4 * workers:
-                yield pending.popleft().result()
-        yield from (future.result() for future in pending)
-    except BrokenProcessPool as error:
-        problem = "a worker process was killed (out of memory?)"
-        raise OSError(f"{problem}; run the same command again, with fewer --workers") from error
-    finally:
-        for process in multiprocessing.active_children():
-            process.kill()
-        pool.shutdown(cancel_futures=True)
+    path = fetch(place[0])
+    for index in range(place[0], len(files)):
+        texts, path = read_batches(path.result()), fetch(index + 1)
+        for number, batch in enumerate(texts):
+            if [index, number] >= place:
+                pending.append(([index, number], pool.submit(tokenize, batch, tokenizer)))
+            if len(pending) > 2 * workers:
+                at, tokens = pending.popleft()
+                yield at, tokens.result()
+    yield from ((at, tokens.result()) for at, tokens in pending)
 
 
 # Shards
@@ -514,7 +517,7 @@ class Split(NamedTuple):
 
     paths: list[Path]
     tokens: list[int]  # in each shard
-    sha256: list[str]  # of each shard, by meta.json; empty for other programs' shards
+    sha256: list[str]  # of each shard
     first: np.ndarray  # (shards + 1,) int64: the index of each shard's first sequence, and the number of all
     sequence_length: int  # T
     vocab_size: int
@@ -538,15 +541,19 @@ def read_meta(directory: Path) -> dict:
 
 
 def open_split(directory: Path, name: str, sequence_length: int) -> Split:
-    """Find the shards `*name_*.bin`, or llm.c's `*_name.bin`, and check that they are whole by their headers. Raises
-    FileNotFoundError when there are none, ValueError when they are damaged or too small."""
+    """Find the shards `*name_*.bin`, or llm.c's `*_name.bin`, and check them. Raises FileNotFoundError when there are
+    none, ValueError when they are damaged or too small."""
     meta = read_meta(directory)
     paths = sorted(directory.glob(f"*{name}_*.bin")) or sorted(directory.glob(f"*_{name}.bin"))
     if not paths:
         raise FileNotFoundError(f"{directory} has no {name}_*.bin; run prepare_data.py, or give another --data")
-    tokens, sha256 = [read_header(path) for path in paths], meta.get(name, {}).get("sha256", [])
-    if sha256 and len(sha256) != len(paths):
-        raise ValueError(f"{directory} has {len(paths)} {name} shards, and its meta.json names {len(sha256)}")
+    tokens, sha256 = [read_header(path) for path in paths], [sha256_of(path) for path in paths]
+    promised = meta.get(name, {}).get("sha256", sha256)
+    if len(promised) != len(paths):
+        raise ValueError(f"{directory} has {len(paths)} {name} shards, and its meta.json names {len(promised)}")
+    for path, one, other in zip(paths, sha256, promised, strict=True):
+        if one != other:
+            raise ValueError(f"{path} is damaged: its sha256 is not the one in meta.json")
     first = np.cumsum([0] + [(count - 1) // sequence_length for count in tokens], dtype=np.int64)
     if first[-1] == 0:
         kind = {"val": "validation", "train": "training"}[name]
@@ -631,20 +638,6 @@ def list_corpus(settings: dict) -> list[RawFile]:
     return [file for file, size in zip(files, before, strict=False) if 0.2 * size < most]  # a byte has 0.3 tokens
 
 
-def read_progress(path: Path, settings: dict) -> dict | None:
-    """What meta.json holds, None where there is none, or no shard yet. Raises ValueError if it was written with other
-    settings."""
-    meta = read_json(path) if path.exists() else None
-    if meta is None or meta["train"]["tokens"] + meta["val"]["tokens"] == 0:
-        return None
-    before = meta["settings"]
-    changed = [f"{name} was {before.get(name)}, now {now}" for name, now in settings.items() if before.get(name) != now]
-    if changed:
-        problem = f"{path.parent} was prepared with other settings"
-        raise ValueError(f"{problem}: {'; '.join(changed)}; give another --out")
-    return meta
-
-
 def next_shard(meta: dict) -> tuple[str, int]:
     """The split that the next token belongs to, and the tokens that its next shard can hold: 0 for no more shards."""
     settings, val, train = meta["settings"], meta["val"]["tokens"], meta["train"]["tokens"]
@@ -653,78 +646,77 @@ def next_shard(meta: dict) -> tuple[str, int]:
     return "train", min(settings["shard_tokens"], (settings["max_tokens"] or sys.maxsize) - val - train)
 
 
-def add_shard(out: Path, meta: dict, split: str, pieces: list[np.ndarray], position: list[int]) -> None:
+def add_shard(out: Path, meta: dict, pieces: list[np.ndarray], split: str, position: list[int]) -> None:
     """Write a shard, and then what the splits now hold and the position of the first token that is in no shard yet: its
-    part among all, and its place there."""
-    tokenizer, counts = get_tokenizer(meta["tokenizer"]), meta[split]
-    sizes = token_bytes(tokenizer)
-    header, total = np.zeros(HEADER_BYTES // 4, dtype="<i4"), sum(map(len, pieces))
+    file, its batch there, and its place in that."""
+    tokenizer, counts, total = get_tokenizer(meta["tokenizer"]), meta[split], sum(map(len, pieces))
+    path, header = out / f"{split}_{counts['shards']:06d}.bin", np.zeros(HEADER_BYTES // 4, dtype="<i4")
     header[:3] = SHARD_MAGIC, SHARD_VERSION, total
-    path = out / f"{split}_{counts['shards']:06d}.bin"
-    digest = write_atomically(path, [header, *(np.ascontiguousarray(piece, dtype="<u2") for piece in pieces)])
+    write_atomically(path, [header, *(np.ascontiguousarray(piece, dtype="<u2") for piece in pieces)])
+    sizes = token_bytes(tokenizer)
     meta["position"] = position
     meta[split] = {
         "shards": counts["shards"] + 1,
         "documents": counts["documents"] + sum(int((piece == tokenizer.eot_token).sum()) for piece in pieces),
         "tokens": counts["tokens"] + total,
         "bytes": counts["bytes"] + sum(int(sizes[piece].sum(dtype=np.int64)) for piece in pieces),
-        "sha256": [*counts["sha256"], digest],
+        "sha256": [*counts["sha256"], sha256_of(path)],
     }
     write_json(out / "meta.json", meta)
     say(f"{path}: {total:,} tokens")
 
 
+def open_meta(settings: dict, files: list[RawFile], out: Path) -> dict:
+    """What meta.json holds of a preparation with these settings, a new one's where no shard is written yet. Raises
+    ValueError or FileExistsError where the shards are others."""
+    path, start = out / "meta.json", [0, 0, 0]
+    meta = read_json(path) if path.exists() else {"position": start}
+    if meta["position"] == start:
+        if any(out.glob("*.bin")) and not path.exists():
+            raise FileExistsError(f"{out} holds shards that were not prepared by this script; give another --out")
+        nothing = {"shards": 0, "documents": 0, "tokens": 0, "bytes": 0, "sha256": []}
+        name = settings["tokenizer"]
+        meta = {"tokenizer": name, "vocab_size": VOCAB_SIZES[name], "source": settings["source"], "train": nothing}
+        meta |= {"val": nothing, "settings": settings, "complete": False, "position": start}
+        meta["files"] = files or list_corpus(settings)  # once: a hub may list more later
+        write_json(path, meta)
+    before = meta["settings"]
+    changed = [f"{name} was {before.get(name)}, now {now}" for name, now in settings.items() if before.get(name) != now]
+    if changed:
+        raise ValueError(f"{out} was prepared with other settings: {'; '.join(changed)}; give another --out")
+    return meta
+
+
 def prepare(settings: dict, files: list[RawFile], out: Path, workers: int) -> dict:
     """Prepare `out` as `settings` say, or continue that; returns the content of its meta.json."""
-    meta, work = read_progress(out / "meta.json", settings), out / ".work"
-    if meta and meta["complete"]:
-        shutil.rmtree(work, ignore_errors=True)
+    tokenizer, work = get_tokenizer(settings["tokenizer"]), out / ".work"
+    meta = open_meta(settings, files, out)
+    if meta["complete"]:
         say(f"{out} is already prepared")
         return meta
-    if not (out / "meta.json").exists() and any(out.glob("*.bin")):
-        raise FileExistsError(f"{out} holds shards that were not prepared by this script; give another --out")
-    tokenizer = settings["tokenizer"]
-    get_tokenizer(tokenizer)  # a missing one is noticed here, not in the workers
-    if meta is None:
-        nothing = {"shards": 0, "documents": 0, "tokens": 0, "bytes": 0, "sha256": []}
-        meta = {"tokenizer": tokenizer, "vocab_size": VOCAB_SIZES[tokenizer], "source": settings["source"]}
-        meta |= {"train": nothing, "val": nothing, "settings": settings, "complete": False, "position": [0, 0]}
-        meta["files"] = files or list_corpus(settings)  # once: a hub may list more later
-        write_json(out / "meta.json", meta)
     files = files or [RawFile(*file) for file in meta["files"]]
-
-    parts = [(index, part) for index, file in enumerate(files) for part in range(count_parts(file))]
-    first, skip = meta["position"]
-    done = resumed = meta["train"]["tokens"] + meta["val"]["tokens"]
-    pieces, (split, room), began = [], next_shard(meta), time.monotonic()
-    with closing(tokenize_in_order(files, parts[first:], work, tokenizer, workers)) as stream:
-        for number, path in enumerate(stream, start=first):
-            tokens = np.fromfile(path, dtype=np.uint16)
-            path.unlink()
-            used = skip if number == first else 0
-            while used < len(tokens) and room:
-                pieces.append(tokens[used : used + room])
-                used, room, done = used + len(pieces[-1]), room - len(pieces[-1]), done + len(pieces[-1])
-                if room == 0:
-                    add_shard(out, meta, split, pieces, [number, used])
-                    for file in files[: parts[number][0]]:  # all of whose tokens are in shards
-                        (work / Path(file.name).name).unlink(missing_ok=True)
-                    pieces, (split, room) = [], next_shard(meta)
-            rate = (done - resumed) / (elapsed := time.monotonic() - began)
-            left = elapsed * (len(parts) - number - 1) / (number + 1 - first)
-            left = min(left, ((settings["max_tokens"] or sys.maxsize) - done) / max(1.0, rate))
-            status(f"{done / 1e6:,.1f}M tokens, {rate:,.0f} tokens/s, {clock(left)} left")
+    *start, skip = meta["position"]
+    pieces, (split, room), done, began = [], next_shard(meta), 0, time.monotonic()
+    for place, tokens in tokenize_in_order(files, start, work, tokenizer, workers):
+        used = skip if place == start else 0
+        while used < len(tokens) and room:
+            pieces.append(tokens[used : used + room])
+            used, room, done = used + len(pieces[-1]), room - len(pieces[-1]), done + len(pieces[-1])
             if room == 0:
-                break
+                add_shard(out, meta, pieces, split, [*place, used])
+                pieces, (split, room) = [], next_shard(meta)
+                for file in files[: place[0]]:  # all of whose tokens are in shards
+                    (work / Path(file.name).name).unlink(missing_ok=True)
+        rate = done / (time.monotonic() - began)
+        status(f"file {place[0] + 1} of {len(files)}: {done / 1e6:,.1f}M tokens, {rate:,.0f} tokens/s")
+        if room == 0:
+            break
     if pieces:
-        add_shard(out, meta, split, pieces, [len(parts), 0])
+        add_shard(out, meta, pieces, split, [len(files), 0, 0])
     if meta["train"]["tokens"] == 0:
-        problem = (
-            f"all {done:,} tokens of it go to the validation split; give a lower --val-tokens and another --out"
-            if done
-            else "it is empty"
-        )
-        raise ValueError(f"there is no text to train on in {', '.join(file.name for file in files)}: {problem}")
+        names, total = ", ".join(file.name for file in files), meta["val"]["tokens"]
+        problem = f"all {total:,} tokens of it go to the validation split; give a lower --val-tokens and another --out"
+        raise ValueError(f"there is no text to train on in {names}: {problem if total else 'it is empty'}")
     if changed := [file.name for file in files if not file.url and sha256_of(Path(file.name)) != file.sha256]:
         raise ValueError(f"{changed[0]} has changed while it was read; prepare it again, to another --out")
     meta["complete"] = True
@@ -734,24 +726,6 @@ def prepare(settings: dict, files: list[RawFile], out: Path, workers: int) -> di
 
 
 # The command line
-
-
-def number(kind: Callable[[str], Any], least: float, most: float) -> Callable[[str], Any]:
-    """A parser of command-line values in a range; `kind` int, float, or `tokens`."""
-
-    def parse(text: str) -> Any:
-        with suppress(ValueError, OverflowError):
-            if least <= (value := kind(text)) <= most:
-                return value
-        raise argparse.ArgumentTypeError(f"must be a number from {least:,} to {most:,}, not {text[:40]}")
-
-    return parse
-
-
-def tokens(text: str) -> int:
-    """A number of tokens: 1000000, 100_000, 500k, 100M or 10B. Raises ValueError."""
-    scale = {"k": 10**3, "m": 10**6, "b": 10**9}.get(text[-1:].lower(), 1)
-    return int(float(text[:-1]) * scale) if scale > 1 else int(text)
 
 
 def prepare_source(source: str | None, args: argparse.Namespace) -> None:
@@ -766,13 +740,11 @@ def prepare_source(source: str | None, args: argparse.Namespace) -> None:
             files = [demo_file(out / ".work" / "demo.jsonl")]
         elif source == "shakespeare":
             files = [FILES[source]]
-        tokenizer, val_tokens = args.tokenizer or ("byte" if source == "demo" else "gpt2"), args.val_tokens
-        if val_tokens is None:  # of a small text about a tenth
-            tenth = 1 + sum(file.size for file in files) // (10 if tokenizer == "byte" else 40)
-            val_tokens = min(10**7, tenth) if files else 10**8
-            val_tokens = max(1, min(val_tokens, (args.max_tokens or sys.maxsize) // 10))
-        if args.max_tokens and val_tokens >= args.max_tokens:
-            raise ValueError(f"--val-tokens {val_tokens:,} must be less than --max-tokens {args.max_tokens:,}")
+        tokenizer, most = args.tokenizer or ("byte" if source == "demo" else "gpt2"), args.max_tokens or sys.maxsize
+        tenth = sum(file.size for file in files) // (10 if tokenizer == "byte" else 40) if files else sys.maxsize
+        val_tokens = args.val_tokens or max(1, min(10**8, tenth, most // 10))
+        if val_tokens >= most:
+            raise ValueError(f"--val-tokens {val_tokens:,} must be less than --max-tokens {most:,}")
         settings = {
             "source": [[Path(file.name).name, file.size, file.sha256] for file in files] if args.input else source,
             "subset": args.subset if source in HUB_DATASETS else None,
@@ -782,53 +754,36 @@ def prepare_source(source: str | None, args: argparse.Namespace) -> None:
             "max_tokens": args.max_tokens,
         }  # which decide every byte of the result
         meta = prepare(settings, files, out, args.workers)
-    for split in ("train", "val"):
-        shards = f"{meta[split]['shards']:,} shard{'s' * (meta[split]['shards'] != 1)}"
-        say(f"{split}: {meta[split]['tokens']:,} tokens in {shards}, {out}/{split}_*.bin")
-    options = " --preset small" * (meta["train"]["tokens"] < 10**7) + f" --data {shlex.quote(str(out))}"
-    options = {"data/fineweb-edu": "", "data/demo": " --preset demo"}.get(str(out), options)
+    for split in ("val", "train"):
+        say(f"{split}: {meta[split]['tokens']:,} tokens in {out}/{split}_*.bin")
+    preset = " --preset small" * (meta["train"]["tokens"] < 10**7)
+    options = {"data/fineweb-edu": "", "data/demo": " --preset demo"}.get(
+        str(out), f"{preset} --data {shlex.quote(str(out))}"
+    )
     say(f"train on it with: python train.py{options}")
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        usage=argparse.SUPPRESS, description="Prepare token shards for train.py. With no options: FineWeb-Edu 10B."
-    )
-    amount, shard = number(tokens, 1, 10**15), number(tokens, 1, 2**31 - 1)
+    about = "Prepare token shards for train.py. With no options: FineWeb-Edu 10B, HellaSwag and LAMBADA."
+    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, allow_abbrev=False, description=about)
+    amount, shard = number(token_count, 1, 10**15), number(token_count, 1, 2**31 - 1)
     subset = "of FineWeb: sample-10BT, sample-100BT, sample-350BT, or a dump (default: sample-10BT)"
-    parser.add_argument(
-        "--source", choices=SOURCES, help="(default: fineweb-edu; without --out also hellaswag and lambada)"
-    )
+    origin = parser.add_mutually_exclusive_group()
+    origin.add_argument("--source", choices=SOURCES, help="(default: fineweb-edu)")
+    origin.add_argument("--input", nargs="+", metavar="FILE", help="your own text: " + ", ".join(FORMATS))
     parser.add_argument("--subset", default="sample-10BT", help=subset)
-    parser.add_argument("--input", nargs="+", metavar="FILE", help="your own text: " + ", ".join(FORMATS))
     parser.add_argument("--out", help="directory for the shards (default: data/NAME, after the source)")
     parser.add_argument("--tokenizer", choices=VOCAB_SIZES, help="(default: gpt2; byte for the demo)")
     parser.add_argument("--shard-tokens", type=shard, default=10**8, help="tokens in a shard (default: 100M)")
-    parser.add_argument("--val-tokens", type=amount, help="for validation (default: 100M; a tenth of your own text)")
+    parser.add_argument("--val-tokens", type=amount, help="for validation (default: 100M; a tenth of a smaller text)")
     parser.add_argument("--max-tokens", type=amount, help="stop after this many, validation included (default: all)")
     parser.add_argument("--workers", type=number(int, 1, 1024), default=os.cpu_count(), help="(default: one per core)")
-    prepare_process()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C, so that the workers are ended in order
-    args, unknown = parser.parse_known_args(argv)
-    if unknown:
-        parser.error(f"unrecognized arguments: {' '.join(unknown)} (your own files go after --input)")
-    if args.input and args.source:
-        parser.error("give --source or --input, not both")
-    if args.input or args.source:
-        sources = [args.source]
-    else:
-        sources = ["fineweb-edu"] if args.out else [*EVALUATION_SETS, "fineweb-edu"]
-    try:
-        for source in sources:
+    args = parser.parse_args(argv)
+    sources = [args.source] if args.input or args.source else [*EVALUATION_SETS, "fineweb-edu"]
+    with one_line_errors("prepare_data.py"):
+        for source in sources[-1:] if args.out else sources:
             prepare_source(source, args)
-    except KeyboardInterrupt:
-        print("\nprepare_data.py: interrupted; the same command continues from here", file=sys.stderr)
-        sys.exit(130)
-    except (ValueError, OSError) as error:
-        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        advice = "the disk is full; make room, and the same command continues after the last whole shard"
-        fail("prepare_data.py", advice if full else str(error))
 
 
 if __name__ == "__main__":
-    main()
+    run("prepare_data.py", main)

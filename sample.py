@@ -16,7 +16,6 @@ if __name__ == "__main__":
 
 import argparse
 import codecs
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -117,23 +116,11 @@ def main(argv: list[str] | None = None) -> None:
     add("--device", default="auto", choices=gpt.DEVICES, help="(default: auto)")
     add("--dtype", default="auto", choices=gpt.DTYPES, help="(default: auto)")
     add("--compile", action="store_true", help="compile decoding; pays for long texts")
-    files.prepare_process()
     args = parser.parse_args(argv)
-    try:
-        torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for every length
+    torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for every length
+    with files.one_line_errors("sample.py", "take fewer --num-samples, or a smaller --model"):
         sample(args)
-    except KeyboardInterrupt:
-        print(file=sys.stderr)
-        sys.exit(130)
-    except BrokenPipeError:  # nobody reads the text any more
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    except (ValueError, OSError) as error:
-        files.fail("sample.py", str(error))
-    except RuntimeError as error:
-        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
-            raise
-        files.fail("sample.py", "out of memory; take fewer --num-samples, or a smaller --model")
 
 
 if __name__ == "__main__":
-    main()
+    files.run("sample.py", main)

@@ -27,6 +27,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
+from datetime import timedelta
 from functools import lru_cache, partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -39,11 +40,12 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils.rnn import pad_sequence
 
 import model as gpt
 import prepare_data as files
 from model import GPT, MODEL_SIZES
-from prepare_data import Split, clock, read_sequences, say, status
+from prepare_data import Split, read_sequences, say, status
 
 # The configuration
 
@@ -192,20 +194,12 @@ def start_job(device: str) -> Job:
     return Job(rank, max(1, world_size), chosen)
 
 
-def sum_over_ranks(value: Tensor) -> Tensor:
+def over_ranks(value: Tensor, how: dist.ReduceOp = dist.ReduceOp.SUM) -> Tensor:
     """The sum of a tensor over all ranks, float64 on the CPU; waits for the device that it is on."""
     value = value.detach().double() if value.device.type == "cuda" else value.detach().cpu().double()
     if dist.is_initialized():
-        dist.all_reduce(value)
+        dist.all_reduce(value, how)
     return value.cpu()
-
-
-def gather_objects(value: Any) -> list:
-    """What each rank has, in the order of the ranks."""
-    values = [value] * (dist.get_world_size() if dist.is_initialized() else 1)
-    if dist.is_initialized():
-        dist.all_gather_object(values, value)
-    return values
 
 
 def note_signals() -> list[int]:
@@ -256,17 +250,6 @@ def load_batch(split: Split, config: TrainConfig, step: int, job: Job) -> Tensor
     return batch.pin_memory() if job.device.type == "cuda" else batch
 
 
-def check_shards(split: Split, job: Job) -> list[str]:
-    """The sha256 of each shard, read by the ranks in turn. Raises ValueError when one is not what meta.json says."""
-    mine = {}
-    for i in range(job.rank, len(split.paths), job.world_size):
-        mine[i] = files.sha256_of(split.paths[i])
-        if split.sha256 and split.sha256[i] != mine[i]:
-            raise ValueError(f"{split.paths[i]} is damaged: its sha256 is not the one in meta.json")
-    sums = {i: digest for theirs in gather_objects(mine) for i, digest in theirs.items()}
-    return [sums[i] for i in range(len(sums))]
-
-
 # Checkpoints and the log
 
 
@@ -295,21 +278,13 @@ def save_checkpoint(out: Path, step: int, model: GPT, trainer: dict, tokenizer: 
         shutil.rmtree(old)
 
 
-def load_trainer(checkpoint: Path) -> dict:
-    """What save_checkpoint was given as `trainer`. Raises ValueError when it is not there or damaged."""
-    try:
-        trainer = torch.load(checkpoint / "trainer.pt", map_location="cpu", weights_only=True, mmap=True)
-        return {key: trainer[key] for key in ("step", "optimizer", "scaler", "config", "data", "losses")}
-    except Exception as error:  # torch.load raises many kinds for a file that is not one of its own
-        raise ValueError(f"{checkpoint}/trainer.pt is missing or damaged ({type(error).__name__})") from error
-
-
 def find_source(config: TrainConfig) -> tuple[Path | None, bool]:
     """The directory to take the weights from (None for a new model), and whether to resume from it. Damaged checkpoints
     are named and passed over. Raises FileExistsError for a run that is there and not to be resumed, FileNotFoundError
     for weights that are not there, ValueError for damaged ones."""
     out, found = Path(config.out), files.checkpoints(Path(config.out))
-    begun = found or any(entry.get("step") != 0 for entry in read_log(out / "metrics.jsonl"))
+    log = out / "metrics.jsonl"
+    begun = found or (log.exists() and b"train_loss" in log.read_bytes())
     if begun and not config.resume and not config.eval_only:
         raise FileExistsError(f"{out} already holds a run; continue it with --resume, or give another --out")
     if config.resume or (config.eval_only and not config.init_from):
@@ -321,37 +296,34 @@ def find_source(config: TrainConfig) -> tuple[Path | None, bool]:
                 say(f"warning: {error}; passing over {checkpoint.name}")
         if found or config.eval_only:
             raise ValueError(f"{out} has no whole checkpoint; give another --out to begin anew, or --init-from")
-    if not config.init_from:
-        return None, False
-    return files.model_directory(config.init_from), False
+    return (files.model_directory(config.init_from), False) if config.init_from else (None, False)
 
 
-def resumed_config(config: TrainConfig, given: dict[str, Any], checkpoint: Path, saved: dict[str, Any]) -> TrainConfig:
-    """The settings of a checkpoint, with those of the command line that may change. Raises ValueError for others."""
-    fixed = {item.name for item in fields(config) if item.metadata["fixed"]}
-    changed = [name for name, value in given.items() if name in fixed and value != saved.get(name)]
+def load_trainer(config: TrainConfig, given: dict[str, Any], checkpoint: Path) -> tuple[TrainConfig, dict]:
+    """A checkpoint's settings, with those `given` that may change, and what save_checkpoint was given as `trainer`.
+    Raises ValueError when that is damaged, or when others were given."""
+    try:
+        trainer = torch.load(checkpoint / "trainer.pt", map_location="cpu", weights_only=True, mmap=True)
+        saved = {item.name: trainer["config"][item.name] for item in fields(config)}
+    except Exception as error:  # torch.load raises many kinds for a file that is not one of its own
+        raise ValueError(f"{checkpoint}/trainer.pt is damaged ({type(error).__name__})") from error
+    fixed = [item.name for item in fields(config) if item.metadata["fixed"] and item.name in given]
+    changed = [f"--{n.replace('_', '-')} was {saved[n]} and is now {given[n]}" for n in fixed if given[n] != saved[n]]
     if changed:
-        differences = [f"--{n.replace('_', '-')} was {saved.get(n)} and is now {given[n]}" for n in changed]
-        raise ValueError(f"{checkpoint} is from another run: {'; '.join(differences)}")
-    kept = {item.name: saved[item.name] for item in fields(config) if item.name in saved}
+        raise ValueError(f"{checkpoint} is from another run: {'; '.join(changed)}")
     here = {"out": config.out, "resume": True, "micro_batch_size": config.micro_batch_size}
-    return replace(config, **(kept | given | here))
-
-
-def read_log(path: Path) -> list[dict]:
-    """The lines of metrics.jsonl, without what a crash cut short or damaged; none where there is no such file."""
-    entries = []
-    for line in path.read_bytes().splitlines() if path.exists() else []:
-        with suppress(ValueError):
-            entries.append(files.read_object(line, path))
-    return entries
+    return TrainConfig(**(saved | given | here)), trainer
 
 
 def open_log(path: Path, step: int) -> TextIO:
-    """metrics.jsonl, to append to; all lines about updates past `step` are removed first."""
-    kept = [e for e in read_log(path) if not isinstance(e.get("step"), int) or e["step"] <= step]
+    """metrics.jsonl, to append to, without lines about updates past `step`, and without what a crash has damaged."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    files.write_atomically(path, [(json.dumps(entry) + "\n").encode() for entry in kept])
+    kept = []
+    for line in path.read_bytes().splitlines(keepends=True) if path.exists() else []:
+        with suppress(ValueError):
+            past = files.read_object(line, path).get("step")
+            kept += [line] if not isinstance(past, int) or past <= step else []
+    files.write_atomically(path, kept)
     return open(path, "a", encoding="utf-8", buffering=1)
 
 
@@ -364,7 +336,7 @@ def describe(entry: dict, seconds_left: float = 0) -> str:
         update = (
             f"step {entry['step']}  loss {entry['train_loss']:.4f}  lr {entry['lr']:.1e}  norm {entry['grad_norm']:.2f}"
         )
-        return f"{update}  {speed}  {clock(seconds_left)}"
+        return f"{update}  {speed}  {timedelta(seconds=int(seconds_left))}"
     lines = [f"step {entry['step']}  evaluation" if "step" in entry else f"evaluation of {entry['evaluated']}"]
     for name, value in entry.items():
         if isinstance(value, float) and not name.endswith("_se"):
@@ -459,7 +431,7 @@ def score(
     have too many to compile.
     """
     longest, most = model.config.block_size + 1, 32768 if job.device.type == "cuda" else 2048
-    rows = [row[-longest:].astype(np.int64) for row in data.rows]
+    rows = [torch.from_numpy(row[-longest:].astype(np.int64)) for row in data.rows]
     order, batches = sorted(range(len(rows)), key=lambda i: -len(rows[i])), []
     while order:
         size = max(1, most // (len(rows[order[0]]) - 1))
@@ -468,21 +440,22 @@ def score(
     scores, results, mine = torch.zeros(2, len(rows)).double(), [], batches[job.rank :: job.world_size]
     began = time.monotonic()
     for done, batch in enumerate(mine):
-        left = (time.monotonic() - began) * (len(mine) - done) / max(1, done)
-        status(f"evaluating {name}: {done / len(mine):.0%}{f', {clock(left)} left' if done else ''}")
-        T = len(rows[batch[0]]) - 1
-        tokens, targets = np.zeros((len(batch), T), dtype=np.int64), np.full((len(batch), T), -1)
-        for i, index in enumerate(batch):
-            end, count = len(rows[index]) - 1, data.scored[index]
-            tokens[i, :end], targets[i, end - count : end] = rows[index][:-1], rows[index][-count:]
-        places = np.flatnonzero(targets >= 0)
-        arrays = (torch.from_numpy(array).to(job.device) for array in (tokens, places, targets.ravel()[places]))
-        whole = len(places) == targets.size and len(batch) == len(batches[0])
+        left = timedelta(seconds=int((time.monotonic() - began) * (len(mine) - done) / max(1, done)))
+        status(f"evaluating {name}: {done / len(mine):.0%}{f', {left} left' if done else ''}")
+        tokens = pad_sequence([rows[i][:-1] for i in batch], batch_first=True)
+        targets = torch.full_like(tokens, -1)
+        for target, i in zip(targets, batch, strict=True):
+            end, count = len(rows[i]) - 1, data.scored[i]
+            target[end - count : end] = rows[i][-count:]
+        places = (targets.ravel() >= 0).nonzero().squeeze(1)
+        whole = len(places) == targets.numel() and len(batch) == len(batches[0])
+        inputs = (tensor.to(job.device) for tensor in (tokens, places, targets.ravel()[places]))
         with autocast:
-            results.append((np.array(batch)[places // T], (scorer if scorer and whole else model.score)(*arrays)))
+            result = (scorer if scorer and whole else model.score)(*inputs)
+        results.append((torch.tensor(batch)[places // tokens.size(1)], result))
     for indices, result in results:
-        scores.index_add_(1, torch.from_numpy(indices), result.cpu().double())
-    return sum_over_ranks(scores.to("cuda" if job.device.type == "cuda" else "cpu")).numpy()
+        scores.index_add_(1, indices, result.cpu().double())
+    return over_ranks(scores.to(job.device if job.device.type == "cuda" else "cpu")).numpy()
 
 
 @torch.no_grad()
@@ -535,13 +508,6 @@ def build_model(config: TrainConfig, source: Path | None, meta: dict) -> GPT:
     return gpt.load_model(source, config.dropout)
 
 
-def restore_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
-    """Load a checkpoint's state. ZeroRedundancyOptimizer puts "step" on the CPU, where fused AdamW does not want it."""
-    optimizer.load_state_dict(state)
-    for parameter, values in getattr(optimizer, "optim", optimizer).state.items():
-        values["step"] = values["step"].to(parameter.device)
-
-
 def fits(size: int, config: TrainConfig, model: GPT, job: Job, autocast: torch.autocast) -> bool:
     """Whether a GPU has room for a forward and a backward pass of so many sequences, beside the optimizer's state, the
     gradients, and the buckets in which they are exchanged."""
@@ -568,7 +534,8 @@ def find_micro_batch_size(config: TrainConfig, model: GPT, job: Job, autocast: t
     on_cuda, share = job.device.type == "cuda", config.total_batch_tokens // config.sequence_length // job.world_size
     most = min(share, max(1, (2**17 if on_cuda else 4096) // config.sequence_length))
     sizes = (size for size in range(most, 0, -1) if share % size == 0)
-    return min(gather_objects(next((s for s in sizes if not on_cuda or fits(s, config, model, job, autocast)), 1)))
+    size = next((s for s in sizes if not on_cuda or fits(s, config, model, job, autocast)), 1)
+    return int(over_ranks(torch.tensor(size, device=job.device), dist.ReduceOp.MIN))
 
 
 def train(config: TrainConfig, given: dict[str, Any] | None = None) -> int:
@@ -580,9 +547,8 @@ def train(config: TrainConfig, given: dict[str, Any] | None = None) -> int:
     """
     # The starting weights and the data
     out, (source, resuming) = Path(config.out), find_source(config)
-    state = load_trainer(source) if resuming else {}
     if resuming:
-        config = resumed_config(config, asdict(config) if given is None else given, source, state["config"])
+        config, state = load_trainer(config, asdict(config) if given is None else given, source)
     check_config(config)
     status(f"reading {source or config.data}")
     data, T, evaluates = Path(config.data), config.sequence_length, config.eval_every > 0 or config.eval_only
@@ -599,17 +565,15 @@ def train(config: TrainConfig, given: dict[str, Any] | None = None) -> int:
     # The processes, and on the device of each the model
     job = start_job(config.device)
     device, main_process = job.device, job.rank == 0
-    if len(set(gather_objects((source, resuming)))) > 1:
+    step = state["step"] if resuming else 0
+    if over_ranks(torch.tensor(float(step), device=device)) != step * job.world_size:
         raise FileNotFoundError(f"the ranks see different files in {out}; it must be on a disk that all machines share")
-    digests = check_shards(split, job)
     torch.manual_seed(config.seed)
     model = build_model(config, source, meta).to(device).train()
     dtype = gpt.choose_dtype(config.dtype, device)
     autocast = torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
     compiles = config.compile if config.compile is not None else device.type == "cuda" and bool(find_spec("triton"))
     if evaluates:
-        if split is not val_split:
-            check_shards(val_split, job)
         sets = open_evaluation(config, val_split, meta["tokenizer"], model.config.block_size)
         measure = partial(evaluate, model, torch.compile(model.score) if compiles else None, sets, job, autocast)
     if config.eval_only:
@@ -625,13 +589,15 @@ def train(config: TrainConfig, given: dict[str, Any] | None = None) -> int:
     zero = config.zero and job.world_size > 1
     optimizer = gpt.configure_optimizer(model, config.max_lr, config.weight_decay, (0.9, config.beta2), zero)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    step, losses, size = 0, [], config.micro_batch_size
+    losses, size = [], config.micro_batch_size
     if resuming:
-        if state["data"] != digests:
+        if state["data"] != split.sha256:
             raise ValueError(f"the shards in {data} are not those that {source} was trained on")
-        restore_optimizer(optimizer, state["optimizer"])
+        optimizer.load_state_dict(state["optimizer"])
+        for parameter, values in (optimizer.optim if zero else optimizer).state.items():
+            values["step"] = values["step"].to(parameter.device)  # ZeroRedundancyOptimizer puts it on the CPU
         scaler.load_state_dict(state["scaler"] or scaler.state_dict())
-        step, losses = state["step"], state["losses"]
+        losses = state["losses"]
         size = size or state["config"]["micro_batch_size"]  # found once, kept: the sums are then of the same parts
         size = 0 if config.total_batch_tokens % (size * T * job.world_size) else size
     config = replace(config, micro_batch_size=size or find_micro_batch_size(config, model, job, autocast))
@@ -704,7 +670,7 @@ def train(config: TrainConfig, given: dict[str, Any] | None = None) -> int:
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
 
         # The one wait for the device, and for the other ranks: an update that is not finite is never applied.
-        sums = sum_over_ranks(torch.stack([loss, norm, torch.tensor(float(len(signals)), device=device)]))
+        sums = over_ranks(torch.stack([loss, norm, torch.tensor(float(len(signals)), device=device)]))
         loss, norm, stop = (sums / job.world_size).tolist()
         bad_norms = 0 if math.isfinite(norm) else bad_norms + 1
         if not math.isfinite(loss) or bad_norms > (FLOAT16_SKIPS if scaler.is_enabled() else 0):
@@ -735,7 +701,7 @@ def train(config: TrainConfig, given: dict[str, Any] | None = None) -> int:
                 optimizer.consolidate_state_dict(to=0)
             if main_process:
                 state = {"step": step, "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
-                state |= {"config": asdict(config), "data": digests, "losses": losses}
+                state |= {"config": asdict(config), "data": split.sha256, "losses": losses}
                 save_checkpoint(out, step, model, state, meta["tokenizer"], config.keep_checkpoints)
                 say(f"step {step}  checkpoint {out}/step_{step:06d}")
             saved = step
@@ -751,41 +717,25 @@ def train(config: TrainConfig, given: dict[str, Any] | None = None) -> int:
 def main(argv: list[str] | None = None) -> None:
     about = "Train a GPT-2. With no options: 124M on FineWeb-Edu."
     parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, allow_abbrev=False, description=about)
-    files.prepare_process()
     config, given = parse_args(parser, argv)
     try:
         if not config.resume:
             check_config(config)
     except ValueError as error:
         parser.error(str(error))
-    code, problem, rank = 1, "", os.environ.get("RANK", "0")
-    try:
-        # The first process writes for all; an evaluation alone writes nothing.
-        with nullcontext() if config.eval_only or rank != "0" else files.locked(Path(config.out)):
-            code = train(config, given)
-    except KeyboardInterrupt:
-        code = 130
-    except (ValueError, OSError, FloatingPointError) as error:
-        problem = str(error)
-    except ModuleNotFoundError as error:
-        problem = f"{error}; pip install {error.name}"
-    except RuntimeError as error:
-        if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
-            problem = "out of memory; leave --micro-batch-size out, or take a smaller --model or --sequence-length"
-        elif type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):  # no C compiler, for one
-            problem = f"the model could not be compiled ({str(error).splitlines()[0]}); give --no-compile"
-        else:
-            raise
-    # An error before the processes have met occurs in all of them; one per machine reports it.
-    if problem and (dist.is_initialized() or os.environ.get("LOCAL_RANK", "0") == "0"):
-        files.fail("train.py", problem)
-    if dist.is_initialized() and not problem:
+
+    def speaks() -> bool:  # before the processes have met, all have the same error, and one per machine says it
+        return dist.is_initialized() or os.environ.get("LOCAL_RANK", "0") == "0"
+
+    less = "leave --micro-batch-size out, or take a smaller --model or --sequence-length"
+    # The first process writes for all; an evaluation alone writes nothing.
+    lock = config.eval_only or os.environ.get("RANK", "0") != "0"
+    with files.one_line_errors("train.py", less, speaks), nullcontext() if lock else files.locked(Path(config.out)):
+        code = train(config, given)
+    if dist.is_initialized():
         dist.destroy_process_group()
-        # Gloo's threads may still hold tensors, and abort the process if they let go of them while Python shuts down.
-        sys.stdout.flush()
-        os._exit(code)
     sys.exit(code)
 
 
 if __name__ == "__main__":
-    main()
+    files.run("train.py", main)
