@@ -13,7 +13,6 @@ for GPT-2, `model.safetensors` and `config.json`; `transformers.GPT2LMHeadModel.
 import itertools
 import json
 import math
-import re
 from collections.abc import Iterator
 from dataclasses import astuple, dataclass, replace
 from pathlib import Path
@@ -73,10 +72,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     rows = x.numel() // x.size(-1)
     if torch.is_grad_enabled() or rows > 8 or x.device.type != "cpu" or x.dtype != torch.float32:
         return F.linear(x, weight, bias)
-    x_rows = x.reshape(rows, -1)
-    columns = (x_rows if rows > 1 else torch.cat((x_rows, x_rows))).t()  # (in, rows), or (in, 2)
+    columns = x.reshape(rows, -1).t().expand(-1, max(2, rows))  # (in, columns)
     y = weight @ columns if bias is None else torch.addmm(bias[:, None], weight, columns)  # (out, columns)
-    return y[:, :rows].t().contiguous().view(*x.shape[:-1], -1)
+    return y[:, :rows].t().reshape(*x.shape[:-1], -1)
 
 
 class Linear(nn.Linear):
@@ -318,11 +316,11 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 def choose_device(name: str) -> torch.device:
     """One of DEVICES; "auto" is the first one available. Raises ValueError for one that is missing."""
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    kind = next(kind for kind, there in available.items() if there) if name == "auto" else name
-    if not available[kind]:
-        raise ValueError(f"--device {kind}: this machine, or this build of PyTorch, has none")
-    return torch.device(kind)
+    here = [torch.cuda.is_available(), torch.backends.mps.is_available(), True]
+    available = list(itertools.compress(DEVICES[1:], here))
+    if name not in ("auto", *available):
+        raise ValueError(f"--device {name}: this machine, or this build of PyTorch, has none")
+    return torch.device(available[0] if name == "auto" else name)
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
@@ -335,22 +333,20 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.float32 if name == "auto" else getattr(torch, name)
 
 
-# TFLOP/s in bfloat16 and float16 (dense, accumulated in float32), and in float32. More special names come first.
+# TFLOP/s of a card, by the name that CUDA gives it, in bfloat16 and float16 (dense, summed in float32), and in float32
 PEAK_TFLOPS = {
-    "B200": (2250, 75), "H200 NVL": (835, 60), "H200": (989, 67), "H100 PCIe": (756, 51), "H100 NVL": (835, 60),
-    "H100": (989, 67), "A100": (312, 19.5), "A10": (125, 31.2), "L40S": (362, 91.6), "L4": (121, 30.3),
-    "V100": (125, 15.7), "T4": (65, 8.1), "RTX 5090": (209.5, 104.8), "RTX 4090": (165.2, 82.6), "RTX 3090": (71, 35.6),
+    "NVIDIA B200": (2250, 75), "NVIDIA H200": (989, 67), "NVIDIA H200 NVL": (835, 60),
+    "NVIDIA H100 80GB HBM3": (989, 67), "NVIDIA H100 PCIe": (756, 51), "NVIDIA H100 NVL": (835, 60),
+    "NVIDIA A100-SXM4-40GB": (312, 19.5), "NVIDIA A100-SXM4-80GB": (312, 19.5),
+    "NVIDIA A100-PCIE-40GB": (312, 19.5), "NVIDIA A100 80GB PCIe": (312, 19.5),
+    "NVIDIA A10": (125, 31.2), "NVIDIA L40S": (362, 91.6), "NVIDIA L4": (121, 30.3),
+    "NVIDIA GeForce RTX 5090": (209.5, 104.8), "NVIDIA GeForce RTX 4090": (165.2, 82.6),
 }  # fmt: skip
-WITHOUT_BFLOAT16 = ("V100", "T4")
 
 
 def peak_flops(name: str, dtype: torch.dtype) -> float | None:
-    """The rate of a card, by its name, in FLOP/s by its maker's data sheet; None where it is not known."""
-    cards = (card for card in PEAK_TFLOPS if re.search(rf"\b{card}\b(?! (Ti|D|Laptop|SUPER)\b)(?!.* MIG\b)", name))
-    card = next(cards, None)
-    if card is None or (card in WITHOUT_BFLOAT16 and dtype == torch.bfloat16):
-        return None
-    return PEAK_TFLOPS[card][dtype == torch.float32] * 1e12
+    """The rate of a card in FLOP/s by its maker's data sheet; None where it is not known."""
+    return PEAK_TFLOPS[name][dtype == torch.float32] * 1e12 if name in PEAK_TFLOPS else None
 
 
 # The weights file
@@ -404,8 +400,6 @@ def read_config(directory: str | Path) -> tuple[GPTConfig, str]:
         config = GPTConfig(*(described[name] for name in CONFIG_NAMES))
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{path} does not describe a GPT-2: {error!r}") from error
-    if settings.get("n_inner") == 4 * config.n_embd:
-        settings["n_inner"] = None
     for name, wanted in GPT2_SETTINGS.items():
         if settings.get(name, wanted) != wanted:
             raise ValueError(f"{path} has {name} {settings[name]}, where GPT-2 has {wanted}")
@@ -466,11 +460,7 @@ def probabilities(logits: Tensor, temperature: float, top_k: int | None, top_p: 
 
 
 def sample_token(
-    logits: Tensor,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    generator: torch.Generator | None = None,
+    logits: Tensor, temperature: float, top_k: int | None, top_p: float | None, generator: torch.Generator | None
 ) -> Tensor:
     """(B, V) logits to (B,) int64 tokens; below a temperature of 1e-6 the most likely one."""
     if temperature < 1e-6:
@@ -517,40 +507,34 @@ def generate(
     The keys and values of all that was read are kept in a preallocated cache, so that a token costs one pass over the
     weights. When the context is full, the last half of it becomes the new context. A row that has drawn `stop_token`
     continues with `stop_token`; when all rows have, the generation ends. `generator` (on the model's device) makes the
-    draws reproducible. `compiled` compiles the pass that decodes a token. Raises ValueError for an empty prompt, one
-    longer than the context, or a setting out of range.
+    draws reproducible. `compiled` compiles the pass that decodes a token. The model should be in eval mode. Raises
+    ValueError for an empty prompt, one longer than the context, or a setting out of range.
     """
-    block_size, T = model.config.block_size, tokens.size(1)
-    if not 1 <= T <= block_size:
-        raise ValueError(f"a prompt must have 1 to {block_size} tokens (the model's context), not {T}")
+    config, weight, T = model.config, model.transformer.wte.weight, tokens.size(1)
+    if not 1 <= T <= config.block_size:
+        raise ValueError(f"a prompt must have 1 to {config.block_size} tokens (the model's context), not {T}")
     if not (0 <= temperature < math.inf and (top_k is None or top_k >= 1) and (top_p is None or 0 < top_p <= 1)):
         raise ValueError("temperature must be at least 0, top_k at least 1, and top_p above 0 and at most 1")
-    on_cuda, was_training = tokens.device.type == "cuda", model.training
-    decode = torch.compile(decode_token, mode="reduce-overhead" if on_cuda else None) if compiled else None
-    finished = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
-    config, weight = model.config, model.transformer.wte.weight
-    shape = (len(tokens), config.n_head, block_size, config.n_embd // config.n_head)
+    shape = (len(tokens), config.n_head, config.block_size, config.n_embd // config.n_head)
     allocate = weight.new_zeros if compiled else weight.new_empty  # masked positions must still hold finite numbers
     cache, start = [(allocate(shape), allocate(shape)) for _ in range(config.n_layer)], 0
     for stored in itertools.chain(*cache) if compiled else ():  # which CUDA graphs may then write to
         torch._dynamo.mark_static_address(stored)
-    model.eval()
-    try:
-        for _ in range(max_new_tokens):
-            if decode and start > 0:
-                position = torch.tensor([start], device=tokens.device)
-                logits = decode(model, tokens[:, -1].contiguous(), position, cache)
-            else:
-                logits = read_tokens(model, tokens, start, cache)
-            token = sample_token(logits, temperature, top_k, top_p, generator)
-            if stop_token is not None:
-                token = token.masked_fill(finished, stop_token)
-                finished |= token == stop_token
-            yield token
-            if stop_token is not None and finished.all():
-                return
-            start, tokens = tokens.size(1), torch.cat((tokens, token[:, None]), dim=1)
-            if start == block_size:
-                start, tokens = 0, tokens[:, -(block_size // 2 + 1) :]
-    finally:
-        model.train(was_training)
+    mode = "reduce-overhead" if tokens.device.type == "cuda" else None
+    decode = torch.compile(decode_token, mode=mode) if compiled else None
+    finished = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
+    for _ in range(max_new_tokens):
+        if decode and start > 0:
+            logits = decode(model, tokens[:, -1].contiguous(), torch.tensor([start], device=tokens.device), cache)
+        else:
+            logits = read_tokens(model, tokens, start, cache)
+        token = sample_token(logits, temperature, top_k, top_p, generator)
+        if stop_token is not None:
+            token = token.masked_fill(finished, stop_token)
+            finished |= token == stop_token
+        yield token
+        if stop_token is not None and finished.all():
+            return
+        start, tokens = tokens.size(1), torch.cat((tokens, token[:, None]), dim=1)
+        if start == config.block_size:
+            start, tokens = 0, tokens[:, -(config.block_size // 2 + 1) :]

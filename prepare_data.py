@@ -339,7 +339,7 @@ def list_hub(repository: str, folder: str = "") -> list[RawFile]:
     hub, name = hub_address(), f"list of {repository}{folder}"
     asked, files, failures = set(), [], 0
     url, place = f"{hub}/api/{repository}/tree/main{folder}", f"{hub}/{repository.removeprefix('models/')}/resolve/main"
-    while url and url not in asked and len(asked) < 1000:
+    while url and url not in asked:
         try:
             with get(url) as response:
                 for entry in response.json():
@@ -358,8 +358,8 @@ def list_hub(repository: str, folder: str = "") -> list[RawFile]:
 def download(file: RawFile, path: Path) -> Path:
     """
     Fetch a file to `path`, continuing what an earlier try left in `path`.part; it gets its name when its size and
-    sha256 are right. What goes wrong on the way is tried again as long as new bytes come, a wrong sha256 once. A local
-    file stays where it is. Raises OSError when it cannot be had.
+    sha256 are right. What goes wrong on the way is tried again as long as new bytes come. A local file stays where it
+    is. Raises OSError when it cannot be had.
     """
     if not file.url:
         return Path(file.name)
@@ -367,32 +367,31 @@ def download(file: RawFile, path: Path) -> Path:
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
-    for _ in range(2):
-        failures = most = 0
-        while (have := part.stat().st_size if part.exists() else 0) < file.size:
-            most = max(most, have)
-            try:
-                with get(file.url, have) as response:
-                    resumes = response.headers.get("Content-Range", "").startswith(f"bytes {have}-")
-                    with open(part, "ab" if resumes else "wb") as out:
-                        for chunk in response.iter_content(1 << 12):  # more would be lost when it breaks off
-                            out.write(chunk)
-                            have = out.tell()
-                            status(f"fetching {path.name}: {have / 1e6:,.0f} of {file.size / 1e6:,.0f} MB")
-                            if have >= file.size:
-                                break
-                if have < file.size:
-                    raise requests.ConnectionError("the connection was closed too early")
-            except requests.RequestException as error:
-                if error.response is not None and error.response.status_code == 416:
-                    part.unlink(missing_ok=True)  # it is no part of what the server has
-                failures = 0 if have > most else failures + 1
-                wait_or_raise(error, file.name, failures, DOWNLOAD_ATTEMPTS)
-        if part.stat().st_size == file.size and file.sha256 in ("", sha256_of(part)):
-            part.replace(path)
-            return path
+    failures = most = 0
+    while (have := part.stat().st_size if part.exists() else 0) < file.size:
+        most = max(most, have)
+        try:
+            with get(file.url, have) as response:
+                resumes = response.headers.get("Content-Range", "").startswith(f"bytes {have}-")
+                with open(part, "ab" if resumes else "wb") as out:
+                    for chunk in response.iter_content(1 << 12):  # more would be lost when it breaks off
+                        out.write(chunk)
+                        have = out.tell()
+                        status(f"fetching {path.name}: {have / 1e6:,.0f} of {file.size / 1e6:,.0f} MB")
+                        if have >= file.size:
+                            break
+            if have < file.size:
+                raise requests.ConnectionError("the connection was closed too early")
+        except requests.RequestException as error:
+            if error.response is not None and error.response.status_code == 416:
+                part.unlink(missing_ok=True)  # it is no part of what the server has
+            failures = 0 if have > most else failures + 1
+            wait_or_raise(error, file.name, failures, DOWNLOAD_ATTEMPTS)
+    if part.stat().st_size != file.size or file.sha256 not in ("", sha256_of(part)):
         part.unlink()
-    raise OSError(f"{file.name} was fetched twice, and both times its size or sha256 was not what {file.url} promises")
+        raise OSError(f"{file.name} was fetched, but it is not what {file.url} promises; run the same command again")
+    part.replace(path)
+    return path
 
 
 def model_directory(name_or_dir: str | Path) -> Path:
@@ -608,10 +607,8 @@ SOURCES = (*HUB_DATASETS, "shakespeare", "demo", *EVALUATION_SETS)
 
 def local_file(path: Path) -> RawFile:
     """A file of the user's. Raises FileNotFoundError or ValueError for one that cannot be read as text."""
-    if path.is_dir():
-        raise ValueError(f"{path} is a directory; give the files in it: --input {path}/*")
-    if path.exists() and not path.is_file():
-        raise ValueError(f"{path} is not a regular file")
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is not a file; of a directory, give the files: --input DIRECTORY/*")
     if not path.name.lower().endswith(FORMATS):
         raise ValueError(f"{path}: the format is not known; give {', '.join(FORMATS)}")
     return RawFile(str(path), path.stat().st_size, sha256_of(path))

@@ -194,8 +194,8 @@ def start_job(device: str) -> Job:
     return Job(rank, max(1, world_size), chosen)
 
 
-def over_ranks(value: Tensor, how: dist.ReduceOp = dist.ReduceOp.SUM) -> Tensor:
-    """The sum of a tensor over all ranks, float64 on the CPU; waits for the device that it is on."""
+def all_reduce(value: Tensor, how: dist.ReduceOp = dist.ReduceOp.SUM) -> Tensor:
+    """The sum of a tensor over all ranks, or its minimum, float64 on the CPU; waits for the device that it is on."""
     value = value.detach().double() if value.device.type == "cuda" else value.detach().cpu().double()
     if dist.is_initialized():
         dist.all_reduce(value, how)
@@ -350,8 +350,11 @@ def sample_text(model: GPT, tokenizer_name: str, seed: int, device: torch.device
     tokenizer = files.get_tokenizer(tokenizer_name)
     generator = torch.Generator(device).manual_seed(seed)
     prompt = torch.tensor([[tokenizer.eot_token]], device=device)
+    model.eval()
     tokens = gpt.generate(model, prompt, 100, 0.8, top_k=50, generator=generator, stop_token=tokenizer.eot_token)
-    return tokenizer.decode([int(token) for token in tokens]).removesuffix("<|endoftext|>")
+    text = tokenizer.decode([int(token) for token in tokens]).removesuffix("<|endoftext|>")
+    model.train()
+    return text
 
 
 # Evaluation
@@ -455,7 +458,7 @@ def score(
         results.append((torch.tensor(batch)[places // tokens.size(1)], result))
     for indices, result in results:
         scores.index_add_(1, indices, result.cpu().double())
-    return over_ranks(scores.to(job.device if job.device.type == "cuda" else "cpu")).numpy()
+    return all_reduce(scores.to(job.device if job.device.type == "cuda" else "cpu")).numpy()
 
 
 @torch.no_grad()
@@ -535,7 +538,7 @@ def find_micro_batch_size(config: TrainConfig, model: GPT, job: Job, autocast: t
     most = min(share, max(1, (2**17 if on_cuda else 4096) // config.sequence_length))
     sizes = (size for size in range(most, 0, -1) if share % size == 0)
     size = next((s for s in sizes if not on_cuda or fits(s, config, model, job, autocast)), 1)
-    return int(over_ranks(torch.tensor(size, device=job.device), dist.ReduceOp.MIN))
+    return int(all_reduce(torch.tensor(size, device=job.device), dist.ReduceOp.MIN))
 
 
 def train(config: TrainConfig, given: dict[str, Any] | None = None) -> int:
@@ -566,7 +569,7 @@ def train(config: TrainConfig, given: dict[str, Any] | None = None) -> int:
     job = start_job(config.device)
     device, main_process = job.device, job.rank == 0
     step = state["step"] if resuming else 0
-    if over_ranks(torch.tensor(float(step), device=device)) != step * job.world_size:
+    if all_reduce(torch.tensor(float(step), device=device)) != step * job.world_size:
         raise FileNotFoundError(f"the ranks see different files in {out}; it must be on a disk that all machines share")
     torch.manual_seed(config.seed)
     model = build_model(config, source, meta).to(device).train()
@@ -670,7 +673,7 @@ def train(config: TrainConfig, given: dict[str, Any] | None = None) -> int:
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
 
         # The one wait for the device, and for the other ranks: an update that is not finite is never applied.
-        sums = over_ranks(torch.stack([loss, norm, torch.tensor(float(len(signals)), device=device)]))
+        sums = all_reduce(torch.stack([loss, norm, torch.tensor(float(len(signals)), device=device)]))
         loss, norm, stop = (sums / job.world_size).tolist()
         bad_norms = 0 if math.isfinite(norm) else bad_norms + 1
         if not math.isfinite(loss) or bad_norms > (FLOAT16_SKIPS if scaler.is_enabled() else 0):
