@@ -99,7 +99,8 @@ class CausalSelfAttention(nn.Module):
         if cache is not None:  # write the new keys and values to their positions, and attend to all of the cache
             k, v = cache[0].index_copy_(2, positions, k), cache[1].index_copy_(2, positions, v)
         dropout = self.dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, mask, dropout_p=dropout, is_causal=T > 1)  # (B, nh, T, hs)
+        causal = mask is None and T > 1
+        y = F.scaled_dot_product_attention(q, k, v, mask, dropout_p=dropout, is_causal=causal)  # (B, nh, T, hs)
         return self.resid_dropout(self.c_proj(y.transpose(1, 2).reshape(B, T, C)))
 
 
@@ -217,8 +218,8 @@ class GPT(nn.Module):
         block_size.
 
         With a `cache`, the tokens are at `positions`, (T,) int64; their keys and values are written there, and they
-        attend to all of the cache, T = 1 token through `mask`, which is added to its scores, (1, length of the cache);
-        more than one must begin at 0 and end where the cache does.
+        attend to the places of the cache where `mask`, (T, its length), is true. Without a mask the last token is at
+        the end of the cache, and the first at its beginning or the last one itself.
         """
         T, block_size = tokens.size(1), self.config.block_size
         if block_size < T:
@@ -316,11 +317,11 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 def choose_device(name: str) -> torch.device:
     """One of DEVICES; "auto" is the first one available. Raises ValueError for one that is missing."""
-    here = [torch.cuda.is_available(), torch.backends.mps.is_available(), True]
-    available = list(itertools.compress(DEVICES[1:], here))
-    if name not in ("auto", *available):
-        raise ValueError(f"--device {name}: this machine, or this build of PyTorch, has none")
-    return torch.device(available[0] if name == "auto" else name)
+    here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    kind = next(kind for kind in here if here[kind]) if name == "auto" else name
+    if not here[kind]:
+        raise ValueError(f"--device {kind}: this machine, or this build of PyTorch, has none")
+    return torch.device(kind)
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
@@ -471,22 +472,9 @@ def sample_token(
     return tokens.gather(-1, drawn).squeeze(-1)
 
 
-def read_tokens(model: GPT, tokens: Tensor, start: int, cache: KVCache) -> Tensor:
-    """The logits (B, V) after a context, (B, T) tokens of which those before `start` are in the cache already: all but
-    one, or none of them."""
-    T = tokens.size(1)
-    seen = [(k[:, :, :T], v[:, :, :T]) for k, v in cache]
-    positions = torch.arange(start, T, device=tokens.device)
-    return model.logits(model.hidden(tokens[:, start:], seen, positions)[:, -1])
-
-
-def decode_token(model: GPT, token: Tensor, position: Tensor, cache: KVCache) -> Tensor:
-    """The logits (B, V) after one more `token` (B,) at `position`, (1,) int64: the same sizes at every position, which
-    can be compiled once."""
-    length, dtype = cache[0][0].size(2), cache[0][0].dtype
-    future = torch.arange(length, device=token.device) > position
-    mask = torch.zeros(1, length, device=token.device, dtype=dtype).masked_fill(future, -math.inf)
-    return model.logits(model.hidden(token[:, None], cache, position, mask)[:, -1])
+def next_logits(model: GPT, tokens: Tensor, positions: Tensor, cache: KVCache, mask: Tensor | None) -> Tensor:
+    """The logits (B, V) after (B, T) tokens at `positions`, (T,) int64, of a context whose earlier ones are cached."""
+    return model.logits(model.hidden(tokens, cache, positions, mask)[:, -1])
 
 
 @torch.inference_mode()
@@ -516,18 +504,20 @@ def generate(
     if not (0 <= temperature < math.inf and (top_k is None or top_k >= 1) and (top_p is None or 0 < top_p <= 1)):
         raise ValueError("temperature must be at least 0, top_k at least 1, and top_p above 0 and at most 1")
     shape = (len(tokens), config.n_head, config.block_size, config.n_embd // config.n_head)
-    allocate = weight.new_zeros if compiled else weight.new_empty  # masked positions must still hold finite numbers
-    cache, start = [(allocate(shape), allocate(shape)) for _ in range(config.n_layer)], 0
+    cache, start = [(weight.new_zeros(shape), weight.new_zeros(shape)) for _ in range(config.n_layer)], 0
     for stored in itertools.chain(*cache) if compiled else ():  # which CUDA graphs may then write to
         torch._dynamo.mark_static_address(stored)
     mode = "reduce-overhead" if tokens.device.type == "cuda" else None
-    decode = torch.compile(decode_token, mode=mode) if compiled else None
-    finished = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
+    decode = torch.compile(next_logits, mode=mode) if compiled else next_logits
+    places, finished = torch.arange(config.block_size, device=tokens.device), torch.zeros_like(tokens[:, 0]).bool()
     for _ in range(max_new_tokens):
-        if decode and start > 0:
-            logits = decode(model, tokens[:, -1].contiguous(), torch.tensor([start], device=tokens.device), cache)
+        T = tokens.size(1)
+        new, positions, seen, mask = tokens[:, start:].contiguous(), places[start:T], cache, None
+        if compiled:  # all sizes stay the same
+            mask = places <= positions[:, None]
         else:
-            logits = read_tokens(model, tokens, start, cache)
+            seen = [(k[:, :, :T], v[:, :, :T]) for k, v in cache]
+        logits = (decode if start else next_logits)(model, new, positions, seen, mask)
         token = sample_token(logits, temperature, top_k, top_p, generator)
         if stop_token is not None:
             token = token.masked_fill(finished, stop_token)
@@ -535,6 +525,6 @@ def generate(
         yield token
         if stop_token is not None and finished.all():
             return
-        start, tokens = tokens.size(1), torch.cat((tokens, token[:, None]), dim=1)
+        start, tokens = T, torch.cat((tokens, token[:, None]), dim=1)
         if start == config.block_size:
             start, tokens = 0, tokens[:, -(config.block_size // 2 + 1) :]

@@ -17,7 +17,7 @@ and LAMBADA, stay as they are published.
 import signal
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # while the packages load, Ctrl-C ends without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the process at once, without a traceback
 
 import argparse
 import fcntl
@@ -35,7 +35,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
@@ -56,9 +56,8 @@ DOWNLOAD_ATTEMPTS = 8  # in a row that bring nothing new
 # What the scripts have in common
 
 
-def run(script: str, main: Callable[[], None]) -> None:
+def run(main: Callable[[], None]) -> None:
     """Run a script's main function, and end the process without waiting for its threads."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:  # closed, and the next file to be opened would take its place
             setattr(sys, name, open(os.devnull, mode))
@@ -68,9 +67,6 @@ def run(script: str, main: Callable[[], None]) -> None:
         main()
     except SystemExit as ending:
         code = ending.code
-    except KeyboardInterrupt:
-        print(f"\n{script}: interrupted", file=sys.stderr)
-        code = 130
     with suppress(OSError):
         sys.stdout.flush()
     os._exit(code)
@@ -116,6 +112,16 @@ def status(text: str) -> None:
     main_thread = threading.current_thread() is threading.main_thread()
     if main_thread and sys.stderr.isatty() and os.environ.get("RANK", "0") == "0":
         print(f"\r{text[: shutil.get_terminal_size().columns - 1]}\x1b[K", end="", file=sys.stderr, flush=True)
+
+
+def in_background(function: Callable, items: Iterable[Any], threads: int, ahead: int) -> Iterator[Any]:
+    """function(item) for each item, in order; `threads` threads work on the next `ahead` of them."""
+    pool, pending = ThreadPoolExecutor(threads), deque()
+    for item in items:
+        pending.append(pool.submit(function, item))
+        if len(pending) > ahead:
+            yield pending.popleft().result()
+    yield from (future.result() for future in pending)
 
 
 def number(kind: Callable[[str], Any], least: float, most: float) -> Callable[[str], Any]:
@@ -239,10 +245,8 @@ def get_tokenizer(name: str) -> tiktoken.Encoding:
     try:
         return tiktoken.get_encoding(name)
     except requests.RequestException as error:
-        advice = (
-            "without network, use the byte tokenizer, or set TIKTOKEN_CACHE_DIR to a directory that tiktoken filled"
-        )
-        raise OSError(f"GPT-2's tokenizer could not be fetched ({type(error).__name__}); {advice}") from error
+        problem = f"GPT-2's tokenizer could not be fetched ({type(error).__name__})"
+        raise OSError(f"{problem}; use the byte tokenizer, or set TIKTOKEN_CACHE_DIR to a filled one") from error
 
 
 def token_bytes(tokenizer: tiktoken.Encoding) -> np.ndarray:
@@ -279,20 +283,6 @@ def tokenizer_files(tokenizer: tiktoken.Encoding) -> dict[str, str]:
     return dict(zip(TOKENIZER_FILES, (json.dumps(vocab), "\n".join(merges) + "\n", config), strict=True))
 
 
-def encode(tokenizer: tiktoken.Encoding, text: str) -> list[np.ndarray]:
-    """
-    The tokens of a text, in pieces of uint32; `<|endoftext|>` in it is ordinary text.
-
-    White space of several 100,000 characters would overflow the stack of tiktoken's regular expressions, so long texts
-    are cut before the last character of every long stretch of it. GPT-2's pattern takes all but that character as one
-    match, and no token reaches over two matches: the tokens remain those of the whole.
-    """
-    space = r"[^\S\x1c-\x1f]{1000,}(?=[\S\x1c-\x1f])"  # \x1c to \x1f are white space for Python, and not for Rust
-    cuts = [match.end() - 1 for match in re.finditer(space, text)] if len(text) > 100_000 else []
-    parts = [text[start:end] for start, end in itertools.pairwise([0, *cuts, len(text)])]
-    return [tokenizer.encode_to_numpy(part, disallowed_special=()) for part in parts]
-
-
 # Downloads
 
 
@@ -325,10 +315,9 @@ def wait_or_raise(error: requests.RequestException, name: str, failures: int, mo
     a second, one, two, ..., at most a minute. Raises OSError when another try is pointless or too many have failed."""
     code = 0 if error.response is None else error.response.status_code
     problem = f"the server answers {code}" if code else type(error).__name__
-    if code in (401, 403):
-        raise PermissionError(f"{name}: access refused ({code}); set HF_TOKEN to a token that has access")
     if failures >= most or (400 <= code < 500 and code not in (408, 416, 429)):
-        raise OSError(f"{name} could not be fetched: {problem}; the same command continues the download")
+        advice = "set HF_TOKEN to a token with access" if code in (401, 403) else "the same command continues"
+        raise OSError(f"{name} could not be fetched: {problem}; {advice}")
     status(f"{name}: {problem}; trying again")
     after = error.response.headers.get("Retry-After", "") if code else ""
     time.sleep(min(60.0, float(after) if after.isdecimal() else 0.5 * 2**failures))
@@ -346,6 +335,7 @@ def list_hub(repository: str, folder: str = "") -> list[RawFile]:
                     sha256 = str((entry.get("lfs") or {}).get("oid", ""))
                     files.append(RawFile(str(entry["path"]), int(entry["size"]), sha256, f"{place}/{entry['path']}"))
                 asked.add(url)
+                failures = 0
                 url = response.links.get("next", {}).get("url")
         except (LookupError, TypeError, AttributeError, ArithmeticError, RecursionError, ValueError) as error:
             raise OSError(f"the {name} is not as the hub's are: {error!r}") from error
@@ -419,33 +409,30 @@ def model_directory(name_or_dir: str | Path) -> Path:
 # Text into tokens
 
 
-def read_texts(path: Path) -> Iterator[str | None]:
+def read_texts(path: Path) -> Iterator[str]:
     """The documents of a file. Raises ValueError, with the place, for what is damaged or not valid Unicode."""
-    name, where = path.name.lower(), ""
+    name, line = path.name.lower(), 1
     try:
         if name.endswith(".parquet"):
             import pyarrow.parquet  # imported only where it is needed
 
             file = pyarrow.parquet.ParquetFile(path)
-            types = [str(column.type) for column in file.schema_arrow if column.name == "text"]
-            if len(types) != 1 or not re.match("(dictionary<values=)?(large_)?string", types[0]):
-                raise ValueError(f"it must have one column named text, of strings; it has {file.schema_arrow.names}")
-            for batch in file.iter_batches(256, columns=["text"]):
-                yield from batch["text"].to_pylist()
+            texts = (text for rows in file.iter_batches(256, columns=["text"]) for text in rows["text"].to_pylist())
         elif name.endswith(".txt"):
             if path.stat().st_size > 1 << 30:
                 raise ValueError("a .txt is one document, of at most 1 GiB; make it a .jsonl, a document a line")
-            yield path.read_bytes().decode()
+            texts = [path.read_bytes().decode()]
         else:
-            with gzip.open(path) if name.endswith(".gz") else open(path, "rb") as file:
-                for line_number, line in enumerate(file, start=1):
-                    where = f", line {line_number:,},"
-                    text = read_object(line, "it").get("text", 0) if line.strip() else ""
-                    if not isinstance(text, str | None):
-                        raise ValueError('it has no string under "text"')
-                    (text or "").encode()  # JSON can spell half a character
-                    yield text
+            file = gzip.open(path) if name.endswith(".gz") else open(path, "rb")
+            texts = (read_object(row, "it").get("text", 0) if row.strip() else None for row in file)
+        for text in texts:
+            if not isinstance(text, str | None):
+                raise ValueError('it has no string under "text"')
+            (text or "").encode()  # JSON can spell half a character
+            yield text or ""
+            line += 1
     except Exception as error:  # of the file system, zlib, JSON, pyarrow, ...
+        where = f", line {line:,}," if ".jsonl" in name else ""
         raise ValueError(f"{path}{where} cannot be read: {error}") from error
 
 
@@ -462,10 +449,20 @@ def read_batches(path: Path, size: int = 1 << 18) -> Iterator[list[str]]:
 
 
 def tokenize(texts: list[str], tokenizer: tiktoken.Encoding) -> np.ndarray:
-    """The tokens of documents, (n,) uint16, each document behind an <|endoftext|>."""
+    """
+    The tokens of documents, (n,) uint16, each document behind an <|endoftext|>; one in a text is ordinary text.
+
+    White space of several 100,000 characters would overflow the stack of tiktoken's regular expressions, so long texts
+    are cut before the last character of every long stretch of it. GPT-2's pattern takes all but that character as one
+    match, and no token reaches over two matches: the tokens remain those of the whole.
+    """
+    space = r"[^\S\x1c-\x1f]{1000,}(?=[\S\x1c-\x1f])"  # \x1c to \x1f are white space for Python, and not for Rust
     pieces = [[]]
     for text in texts:
-        pieces += [np.array([tokenizer.eot_token], dtype=np.uint32), *encode(tokenizer, text)]
+        pieces.append([tokenizer.eot_token])
+        cuts = [match.end() - 1 for match in re.finditer(space, text)] if len(text) > 100_000 else []
+        for start, end in itertools.pairwise([0, *cuts, len(text)]):
+            pieces.append(tokenizer.encode_to_numpy(text[start:end], disallowed_special=()))
     return np.concatenate(pieces, dtype=np.uint16, casting="unsafe")
 
 
@@ -477,22 +474,13 @@ def tokenize_in_order(
     own in that file. It begins at `place`. Threads tokenize a few batches ahead (tiktoken does its work outside of
     Python's lock), and one fetches the next file, to `work`.
     """
-    pool, fetcher, pending = ThreadPoolExecutor(workers), ThreadPoolExecutor(1), deque()
 
-    def fetch(index: int) -> Future | None:
-        name = Path(files[index].name).name if index < len(files) else ""
-        return fetcher.submit(download, files[index], work / name) if name else None
+    def batches() -> Iterator[tuple[list[int], list[str]]]:
+        paths = in_background(lambda file: download(file, work / Path(file.name).name), files[place[0] :], 1, 1)
+        for index, path in enumerate(paths, start=place[0]):
+            yield from (([index, i], texts) for i, texts in enumerate(read_batches(path)) if [index, i] >= place)
 
-    path = fetch(place[0])
-    for index in range(place[0], len(files)):
-        texts, path = read_batches(path.result()), fetch(index + 1)
-        for number, batch in enumerate(texts):
-            if [index, number] >= place:
-                pending.append(([index, number], pool.submit(tokenize, batch, tokenizer)))
-            if len(pending) > 2 * workers:
-                at, tokens = pending.popleft()
-                yield at, tokens.result()
-    yield from ((at, tokens.result()) for at, tokens in pending)
+    yield from in_background(lambda batch: (batch[0], tokenize(batch[1], tokenizer)), batches(), workers, 2 * workers)
 
 
 # Shards
@@ -548,11 +536,9 @@ def open_split(directory: Path, name: str, sequence_length: int) -> Split:
         raise FileNotFoundError(f"{directory} has no {name}_*.bin; run prepare_data.py, or give another --data")
     tokens, sha256 = [read_header(path) for path in paths], [sha256_of(path) for path in paths]
     promised = meta.get(name, {}).get("sha256", sha256)
-    if len(promised) != len(paths):
-        raise ValueError(f"{directory} has {len(paths)} {name} shards, and its meta.json names {len(promised)}")
-    for path, one, other in zip(paths, sha256, promised, strict=True):
+    for path, one, other in itertools.zip_longest(paths, sha256, promised):
         if one != other:
-            raise ValueError(f"{path} is damaged: its sha256 is not the one in meta.json")
+            raise ValueError(f"{path or directory} is damaged: it does not have the sha256 that meta.json says")
     first = np.cumsum([0] + [(count - 1) // sequence_length for count in tokens], dtype=np.int64)
     if first[-1] == 0:
         kind = {"val": "validation", "train": "training"}[name]
@@ -637,50 +623,47 @@ def list_corpus(settings: dict) -> list[RawFile]:
 
 def next_shard(meta: dict) -> tuple[str, int]:
     """The split that the next token belongs to, and the tokens that its next shard can hold: 0 for no more shards."""
-    settings, val, train = meta["settings"], meta["val"]["tokens"], meta["train"]["tokens"]
-    if val < settings["val_tokens"]:
-        return "val", min(settings["shard_tokens"], settings["val_tokens"] - val)
-    return "train", min(settings["shard_tokens"], (settings["max_tokens"] or sys.maxsize) - val - train)
+    val, train, size = meta["val"]["tokens"], meta["train"]["tokens"], meta["shard_tokens"]
+    if val < meta["val_tokens"]:
+        return "val", min(size, meta["val_tokens"] - val)
+    return "train", min(size, (meta["max_tokens"] or sys.maxsize) - val - train)
 
 
 def add_shard(out: Path, meta: dict, pieces: list[np.ndarray], split: str, position: list[int]) -> None:
     """Write a shard, and then what the splits now hold and the position of the first token that is in no shard yet: its
     file, its batch there, and its place in that."""
-    tokenizer, counts, total = get_tokenizer(meta["tokenizer"]), meta[split], sum(map(len, pieces))
-    path, header = out / f"{split}_{counts['shards']:06d}.bin", np.zeros(HEADER_BYTES // 4, dtype="<i4")
+    tokenizer, before, total = get_tokenizer(meta["tokenizer"]), meta[split], sum(map(len, pieces))
+    path, header = out / f"{split}_{len(before['sha256']):06d}.bin", np.zeros(HEADER_BYTES // 4, dtype="<i4")
     header[:3] = SHARD_MAGIC, SHARD_VERSION, total
     write_atomically(path, [header, *(np.ascontiguousarray(piece, dtype="<u2") for piece in pieces)])
-    sizes = token_bytes(tokenizer)
+    counts = sum(np.bincount(piece, minlength=tokenizer.n_vocab) for piece in pieces)  # of each token
     meta["position"] = position
     meta[split] = {
-        "shards": counts["shards"] + 1,
-        "documents": counts["documents"] + sum(int((piece == tokenizer.eot_token).sum()) for piece in pieces),
-        "tokens": counts["tokens"] + total,
-        "bytes": counts["bytes"] + sum(int(sizes[piece].sum(dtype=np.int64)) for piece in pieces),
-        "sha256": [*counts["sha256"], sha256_of(path)],
+        "documents": before["documents"] + int(counts[tokenizer.eot_token]),
+        "tokens": before["tokens"] + total,
+        "bytes": before["bytes"] + int(counts @ token_bytes(tokenizer)),
+        "sha256": [*before["sha256"], sha256_of(path)],
     }
     write_json(out / "meta.json", meta)
     say(f"{path}: {total:,} tokens")
 
 
 def open_meta(settings: dict, files: list[RawFile], out: Path) -> dict:
-    """What meta.json holds of a preparation with these settings, a new one's where no shard is written yet. Raises
-    ValueError or FileExistsError where the shards are others."""
+    """What meta.json holds of a preparation with these settings, or a new one's. Raises ValueError or FileExistsError
+    where there are other shards."""
     path, start = out / "meta.json", [0, 0, 0]
-    meta = read_json(path) if path.exists() else {"position": start}
-    if meta["position"] == start:
-        if any(out.glob("*.bin")) and not path.exists():
-            raise FileExistsError(f"{out} holds shards that were not prepared by this script; give another --out")
-        nothing = {"shards": 0, "documents": 0, "tokens": 0, "bytes": 0, "sha256": []}
-        name = settings["tokenizer"]
-        meta = {"tokenizer": name, "vocab_size": VOCAB_SIZES[name], "source": settings["source"], "train": nothing}
-        meta |= {"val": nothing, "settings": settings, "complete": False, "position": start}
-        meta["files"] = files or list_corpus(settings)  # once: a hub may list more later
-        write_json(path, meta)
-    before = meta["settings"]
-    changed = [f"{name} was {before.get(name)}, now {now}" for name, now in settings.items() if before.get(name) != now]
-    if changed:
-        raise ValueError(f"{out} was prepared with other settings: {'; '.join(changed)}; give another --out")
+    meta = read_json(path) if path.exists() else {}
+    if meta.get("position", start) != start:
+        changed = [f"{name} was {meta.get(name)}, now {now}" for name, now in settings.items() if meta.get(name) != now]
+        if changed:
+            raise ValueError(f"{out} was prepared with other settings: {'; '.join(changed)}; give another --out")
+        return meta
+    if not meta and any(out.glob("*.bin")):
+        raise FileExistsError(f"{out} holds shards that were not prepared by this script; give another --out")
+    nothing = {"documents": 0, "tokens": 0, "bytes": 0, "sha256": []}
+    meta = settings | {"vocab_size": VOCAB_SIZES[settings["tokenizer"]], "train": nothing, "val": nothing}
+    meta |= {"complete": False, "position": start, "files": files or list_corpus(settings)}  # a hub may change
+    write_json(path, meta)
     return meta
 
 
@@ -689,6 +672,7 @@ def prepare(settings: dict, files: list[RawFile], out: Path, workers: int) -> di
     tokenizer, work = get_tokenizer(settings["tokenizer"]), out / ".work"
     meta = open_meta(settings, files, out)
     if meta["complete"]:
+        shutil.rmtree(work, ignore_errors=True)
         say(f"{out} is already prepared")
         return meta
     files = files or [RawFile(*file) for file in meta["files"]]
@@ -712,8 +696,8 @@ def prepare(settings: dict, files: list[RawFile], out: Path, workers: int) -> di
         add_shard(out, meta, pieces, split, [len(files), 0, 0])
     if meta["train"]["tokens"] == 0:
         names, total = ", ".join(file.name for file in files), meta["val"]["tokens"]
-        problem = f"all {total:,} tokens of it go to the validation split; give a lower --val-tokens and another --out"
-        raise ValueError(f"there is no text to train on in {names}: {problem if total else 'it is empty'}")
+        advice = f"all {total:,} tokens are for validation; give a lower --val-tokens and another --out"
+        raise ValueError(f"there is no text to train on in {names}: {advice if total else 'it is empty'}")
     if changed := [file.name for file in files if not file.url and sha256_of(Path(file.name)) != file.sha256]:
         raise ValueError(f"{changed[0]} has changed while it was read; prepare it again, to another --out")
     meta["complete"] = True
@@ -738,8 +722,9 @@ def prepare_source(source: str | None, args: argparse.Namespace) -> None:
         elif source == "shakespeare":
             files = [FILES[source]]
         tokenizer, most = args.tokenizer or ("byte" if source == "demo" else "gpt2"), args.max_tokens or sys.maxsize
-        tenth = sum(file.size for file in files) // (10 if tokenizer == "byte" else 40) if files else sys.maxsize
-        val_tokens = args.val_tokens or max(1, min(10**8, tenth, most // 10))
+        size = sum(file.size for file in files) or sys.maxsize  # of the hub's corpora, which are larger than needed
+        expected = min(most, size // (1 if tokenizer == "byte" else 4))
+        val_tokens = args.val_tokens or max(1, min(10**8, expected // 10))
         if val_tokens >= most:
             raise ValueError(f"--val-tokens {val_tokens:,} must be less than --max-tokens {most:,}")
         settings = {
@@ -753,11 +738,8 @@ def prepare_source(source: str | None, args: argparse.Namespace) -> None:
         meta = prepare(settings, files, out, args.workers)
     for split in ("val", "train"):
         say(f"{split}: {meta[split]['tokens']:,} tokens in {out}/{split}_*.bin")
-    preset = " --preset small" * (meta["train"]["tokens"] < 10**7)
-    options = {"data/fineweb-edu": "", "data/demo": " --preset demo"}.get(
-        str(out), f"{preset} --data {shlex.quote(str(out))}"
-    )
-    say(f"train on it with: python train.py{options}")
+    preset = "demo" if source == "demo" else "small" if meta["train"]["tokens"] < 10**7 else "gpt2"
+    say(f"train on it with: python train.py --preset {preset} --data {shlex.quote(str(out))}")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -783,4 +765,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run("prepare_data.py", main)
+    run(main)

@@ -12,7 +12,7 @@ Standard output has the text and nothing else; which model it is, and how fast, 
 import signal
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # while the packages load, Ctrl-C ends without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the process at once, without a traceback
 
 import argparse
 import codecs
@@ -84,17 +84,15 @@ def sample(args: argparse.Namespace) -> None:
         how = (args.temperature, args.top_k or None, args.top_p, generator, tokenizer.eot_token, args.compile)
         steps = gpt.generate(model, prompts, args.max_new_tokens, *how)
         # The first sample is printed while it is generated; the others, each behind a rule, when it is done.
-        decoders, texts, times = [stream_decoder(tokenizer) for _ in prompts], [prompt] * args.num_samples, []
+        decode, drawn, times = stream_decoder(tokenizer), [], []
         print(prompt, end="", flush=True)
         for step in steps:
-            pieces = [decode(token) for decode, token in zip(decoders, step.tolist(), strict=True)]
-            texts = [text + piece for text, piece in zip(texts, pieces, strict=True)]
+            drawn.append(step.tolist())
             times.append(time.perf_counter())
-            print(pieces[0], end="", flush=True)
-        endings = [decode(tokenizer.eot_token) for decode in decoders]
-        print(endings[0])
-        for text, ending in zip(texts[1:], endings[1:], strict=True):
-            print(f"{'-' * 80}\n{text}{ending}", flush=True)
+            print(decode(drawn[-1][0]), end="", flush=True)
+        print(decode(tokenizer.eot_token))
+        for other in list(zip(*drawn, strict=True))[1:]:
+            print("-" * 80, prompt + "".join(map(decode, (*other, tokenizer.eot_token))), sep="\n", flush=True)
         # The rate is that after the first tokens, which wait for the prompt, and perhaps for compiling.
         rest = times[2:] or times
         rate = (len(rest) - 1) * args.num_samples / (rest[-1] - rest[0]) if len(rest) > 1 else 0
@@ -123,4 +121,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    files.run("sample.py", main)
+    files.run(main)

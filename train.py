@@ -14,7 +14,7 @@ on the seed and s alone, so a run can be resumed, or cut over another number of 
 import signal
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # while the packages load, Ctrl-C ends without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the process at once, without a traceback
 
 import argparse
 import json
@@ -24,7 +24,6 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
@@ -45,7 +44,7 @@ from torch.nn.utils.rnn import pad_sequence
 import model as gpt
 import prepare_data as files
 from model import GPT, MODEL_SIZES
-from prepare_data import Split, read_sequences, say, status
+from prepare_data import Split, in_background, read_sequences, say, status
 
 # The configuration
 
@@ -124,9 +123,7 @@ def parse_args(parser: argparse.ArgumentParser, argv: list[str] | None) -> tuple
     parser.add_argument("--preset", default="gpt2", choices=PRESETS, help="where to start from (default: gpt2)")
     for item in fields(TrainConfig):
         text, kind = item.metadata["help"], {}
-        if item.type is bool:
-            kind["action"] = "store_true"
-        elif item.type in (int, float, str):
+        if item.type in (int, float, str):
             parse = str if item.type is str else files.number(item.type, *item.metadata["range"])
             choices = item.metadata["choices"]
             kind |= {"type": parse} | ({"choices": choices} if choices else {"metavar": item.type.__name__.upper()})
@@ -440,8 +437,8 @@ def score(
         size = max(1, most // (len(rows[order[0]]) - 1))
         batches.append(order[:size])
         order = order[size:]
-    scores, results, mine = torch.zeros(2, len(rows)).double(), [], batches[job.rank :: job.world_size]
-    began = time.monotonic()
+    mine, began = batches[job.rank :: job.world_size], time.monotonic()
+    scores = torch.zeros(2, len(rows), dtype=torch.float64, device="cuda" if job.device.type == "cuda" else "cpu")
     for done, batch in enumerate(mine):
         left = timedelta(seconds=int((time.monotonic() - began) * (len(mine) - done) / max(1, done)))
         status(f"evaluating {name}: {done / len(mine):.0%}{f', {left} left' if done else ''}")
@@ -455,10 +452,9 @@ def score(
         inputs = (tensor.to(job.device) for tensor in (tokens, places, targets.ravel()[places]))
         with autocast:
             result = (scorer if scorer and whole else model.score)(*inputs)
-        results.append((torch.tensor(batch)[places // tokens.size(1)], result))
-    for indices, result in results:
-        scores.index_add_(1, indices, result.cpu().double())
-    return all_reduce(scores.to(job.device if job.device.type == "cuda" else "cpu")).numpy()
+        index = torch.tensor(batch)[places // tokens.size(1)]
+        scores.index_add_(1, index.to(scores.device), result.to(scores.device).double())
+    return all_reduce(scores).numpy()
 
 
 @torch.no_grad()
@@ -648,12 +644,11 @@ def train(config: TrainConfig, given: dict[str, Any] | None = None) -> int:
 
     # The loop: each update trains on total_batch_tokens, of which this rank has its share, in micro-batches
     saved, bad_norms, stop, times = step, 0, 0, []
-    signals, loader = note_signals(), ThreadPoolExecutor(1)
-    ahead = loader.submit(load_batch, split, config, step + 1, job)
+    signals, coming = note_signals(), range(step + 1, config.steps + 1)
+    batches = in_background(lambda step: load_batch(split, config, step, job), coming, 1, 1)
     while step < config.steps and not stop:
         step, began = step + 1, time.perf_counter()
-        batch = ahead.result().to(device, non_blocking=True)
-        ahead = loader.submit(load_batch, split, config, step + 1, job)
+        batch = next(batches).to(device, non_blocking=True)
         lr = learning_rate(step, config)
         for group in optimizer.param_groups:
             group["lr"] = lr
@@ -690,8 +685,7 @@ def train(config: TrainConfig, given: dict[str, Any] | None = None) -> int:
             seconds = sum(times) / len(times)
             rate = config.total_batch_tokens / seconds
             entry = {"step": step, "train_loss": math.fsum(losses) / len(losses), "lr": lr, "grad_norm": norm}
-            entry |= {"tokens_per_second": rate}
-            entry |= {"mfu": rate * flops / (peak * job.world_size)} if peak else {}
+            entry |= {"tokens_per_second": rate} | ({"mfu": rate * flops / (peak * job.world_size)} if peak else {})
             record(entry, (config.steps - step) * seconds)
             losses, times = [], []
         if evaluates and due(config.eval_every):
@@ -712,9 +706,9 @@ def train(config: TrainConfig, given: dict[str, Any] | None = None) -> int:
         board.close()
     if step < config.steps:
         say(f"interrupted after step {step}; continue with the same command and --resume")
-    else:
-        say(f"{config.steps} steps done; sample from the result with: python sample.py --model {out}/step_{step:06d}")
-    return 0 if step == config.steps else 128 + (signals[0] if signals else signal.SIGTERM)
+        return 128 + (signals[0] if signals else signal.SIGTERM)
+    say(f"{config.steps} steps done; sample from the result with: python sample.py --model {out}/step_{step:06d}")
+    return 0
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -732,8 +726,8 @@ def main(argv: list[str] | None = None) -> None:
 
     less = "leave --micro-batch-size out, or take a smaller --model or --sequence-length"
     # The first process writes for all; an evaluation alone writes nothing.
-    lock = config.eval_only or os.environ.get("RANK", "0") != "0"
-    with files.one_line_errors("train.py", less, speaks), nullcontext() if lock else files.locked(Path(config.out)):
+    writes = not config.eval_only and os.environ.get("RANK", "0") == "0"
+    with files.one_line_errors("train.py", less, speaks), files.locked(Path(config.out)) if writes else nullcontext():
         code = train(config, given)
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -741,4 +735,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    files.run("train.py", main)
+    files.run(main)
