@@ -72,9 +72,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     rows = x.numel() // x.size(-1)
     if torch.is_grad_enabled() or rows > 8 or x.device.type != "cpu" or x.dtype != torch.float32:
         return F.linear(x, weight, bias)
-    columns = x.reshape(rows, -1).t().expand(-1, max(2, rows))  # (in, columns)
+    columns = x.reshape(rows, -1).repeat(2 if rows == 1 else 1, 1).t()  # (in, columns)
     y = weight @ columns if bias is None else torch.addmm(bias[:, None], weight, columns)  # (out, columns)
-    return y[:, :rows].t().reshape(*x.shape[:-1], -1)
+    return y[:, :rows].t().contiguous().view(*x.shape[:-1], -1)
 
 
 class Linear(nn.Linear):
@@ -346,7 +346,7 @@ PEAK_TFLOPS = {
 
 
 def peak_flops(name: str, dtype: torch.dtype) -> float | None:
-    """The rate of a card in FLOP/s by its maker's data sheet; None where it is not known."""
+    """The rate of a card in FLOP/s from the vendor's data sheet; None where it is not known."""
     return PEAK_TFLOPS[name][dtype == torch.float32] * 1e12 if name in PEAK_TFLOPS else None
 
 

@@ -6,7 +6,7 @@ OpenAI's weights.
     python prepare_data.py --source demo                      # Python's own manual, without network: data/demo
     python prepare_data.py --input corpus.jsonl --out data/mine
 
-The corpus is one stream of tokens, each document behind an `<|endoftext|>`: the first --val-tokens of it are the
+The corpus is one stream of tokens, each document preceded by an `<|endoftext|>`: the first --val-tokens of it are the
 validation split, the rest is for training, both cut into shards `val_000000.bin`, `train_000000.bin`, ... A shard is
 llm.c's: 256 int32 of header (20240520, 1, the number of tokens, zeros), then uint16 tokens, all little endian.
 `meta.json` holds the tokenizer, what each split contains, with a sha256 of each shard, and how far the shards reach, so
@@ -124,22 +124,17 @@ def in_background(function: Callable, items: Iterable[Any], threads: int, ahead:
     yield from (future.result() for future in pending)
 
 
-def number(kind: Callable[[str], Any], least: float, most: float) -> Callable[[str], Any]:
-    """A parser of command-line values in a range; `kind` int, float, or `token_count`."""
+def number(kind: type, least: float, most: float) -> Callable[[str], Any]:
+    """A parser of command-line values, int or float, in a range: 1000000, 100_000, 500k, 100M or 10B."""
 
     def parse(text: str) -> Any:
+        scale = {"k": 10**3, "m": 10**6, "b": 10**9}.get(text[-1:].lower())
         with suppress(ValueError, OverflowError):
-            if least <= (value := kind(text)) <= most:
+            if least <= (value := kind(float(text[:-1]) * scale) if scale else kind(text)) <= most:
                 return value
         raise argparse.ArgumentTypeError(f"must be a number from {least:,} to {most:,}, not {text[:40]}")
 
     return parse
-
-
-def token_count(text: str) -> int:
-    """1000000, 100_000, 500k, 100M or 10B. Raises ValueError."""
-    scale = {"k": 10**3, "m": 10**6, "b": 10**9}.get(text[-1:].lower(), 1)
-    return int(float(text[:-1]) * scale) if scale > 1 else int(text)
 
 
 # Files that are written whole, by one process, and checked when they are read
@@ -300,7 +295,7 @@ def hub_address() -> str:
 
 
 def get(url: str, first: int = 0) -> requests.Response:
-    """Ask for a page, or for a file from its byte `first` on. HF_TOKEN is for the hub, and for nobody else (requests
+    """Ask for a page, or for a file from its byte `first` on. HF_TOKEN is for the hub, and for no other host (requests
     drops it when a redirect leads to another host). Raises requests.RequestException, for a 4xx or 5xx too."""
     headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={first}-"} if first else {})
     if (token := os.environ.get("HF_TOKEN", "").strip()) and url.startswith(hub_address() + "/"):
@@ -450,7 +445,7 @@ def read_batches(path: Path, size: int = 1 << 18) -> Iterator[list[str]]:
 
 def tokenize(texts: list[str], tokenizer: tiktoken.Encoding) -> np.ndarray:
     """
-    The tokens of documents, (n,) uint16, each document behind an <|endoftext|>; one in a text is ordinary text.
+    The tokens of documents, (n,) uint16, each document preceded by an <|endoftext|>; one within a text is ordinary text.
 
     White space of several 100,000 characters would overflow the stack of tiktoken's regular expressions, so long texts
     are cut before the last character of every long stretch of it. GPT-2's pattern takes all but that character as one
@@ -601,7 +596,7 @@ def local_file(path: Path) -> RawFile:
 
 
 def demo_file(path: Path) -> RawFile:
-    """The topics of Python's own manual, which every CPython carries, as one line of JSON each."""
+    """The topics of Python's own manual, which ships with CPython, as one line of JSON each."""
     from pydoc_data.topics import topics
 
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -660,8 +655,8 @@ def open_meta(settings: dict, files: list[RawFile], out: Path) -> dict:
         return meta
     if not meta and any(out.glob("*.bin")):
         raise FileExistsError(f"{out} holds shards that were not prepared by this script; give another --out")
-    nothing = {"documents": 0, "tokens": 0, "bytes": 0, "sha256": []}
-    meta = settings | {"vocab_size": VOCAB_SIZES[settings["tokenizer"]], "train": nothing, "val": nothing}
+    empty = {"documents": 0, "tokens": 0, "bytes": 0, "sha256": []}
+    meta = settings | {"vocab_size": VOCAB_SIZES[settings["tokenizer"]], "train": empty, "val": empty}
     meta |= {"complete": False, "position": start, "files": files or list_corpus(settings)}  # a hub may change
     write_json(path, meta)
     return meta
@@ -745,7 +740,7 @@ def prepare_source(source: str | None, args: argparse.Namespace) -> None:
 def main(argv: list[str] | None = None) -> None:
     about = "Prepare token shards for train.py. With no options: FineWeb-Edu 10B, HellaSwag and LAMBADA."
     parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, allow_abbrev=False, description=about)
-    amount, shard = number(token_count, 1, 10**15), number(token_count, 1, 2**31 - 1)
+    amount, shard = number(int, 1, 10**15), number(int, 1, 2**31 - 1)
     subset = "of FineWeb: sample-10BT, sample-100BT, sample-350BT, or a dump (default: sample-10BT)"
     origin = parser.add_mutually_exclusive_group()
     origin.add_argument("--source", choices=SOURCES, help="(default: fineweb-edu)")

@@ -721,7 +721,7 @@ def test_bad_text_is_named_in_one_line(tmp_path: Path, capsys: Capture) -> None:
     for name, content, said in [
         ("bytes.txt", b"good \xff", "bytes.txt cannot be read"),
         ("empty.txt", b"", "it is empty"),
-        ("short.txt", b"a", "all 2 tokens of it go to the validation split; give a lower --val-tokens"),
+        ("short.txt", b"a", "all 2 tokens are for validation; give a lower --val-tokens"),
         ("text.doc", b"?", "text.doc: the format is not known"),
         ("none.txt", None, "none.txt is not a file"),
         ("", None, "is not a file; of a directory, give the files"),

@@ -271,7 +271,8 @@ def save_checkpoint(out: Path, step: int, model: GPT, trainer: dict, tokenizer: 
     part.rename(final)
     files.synchronize(out)
     found = files.checkpoints(out)
-    for old in found[: found.index(final) + 1][:-keep] if keep else []:  # a later one is damaged and was passed over
+    until_now = found[: found.index(final) + 1]  # a later one is damaged and was passed over
+    for old in until_now[:-keep] if keep else []:
         shutil.rmtree(old)
 
 
@@ -308,8 +309,8 @@ def load_trainer(config: TrainConfig, given: dict[str, Any], checkpoint: Path) -
     changed = [f"--{n.replace('_', '-')} was {saved[n]} and is now {given[n]}" for n in fixed if given[n] != saved[n]]
     if changed:
         raise ValueError(f"{checkpoint} is from another run: {'; '.join(changed)}")
-    here = {"out": config.out, "resume": True, "micro_batch_size": config.micro_batch_size}
-    return TrainConfig(**(saved | given | here)), trainer
+    own = {"out": config.out, "resume": True, "micro_batch_size": config.micro_batch_size}
+    return TrainConfig(**(saved | given | own)), trainer
 
 
 def open_log(path: Path, step: int) -> TextIO:
