@@ -108,9 +108,8 @@ def say(text: str) -> None:
 
 
 def status(text: str) -> None:
-    """What the main thread is doing, on a terminal, until the next line or status takes its place."""
-    main_thread = threading.current_thread() is threading.main_thread()
-    if main_thread and sys.stderr.isatty() and os.environ.get("RANK", "0") == "0":
+    """What is going on now, on a terminal, until the next line or status takes its place."""
+    if sys.stderr.isatty() and os.environ.get("RANK", "0") == "0":
         print(f"\r{text[: shutil.get_terminal_size().columns - 1]}\x1b[K", end="", file=sys.stderr, flush=True)
 
 
@@ -340,11 +339,11 @@ def list_hub(repository: str, folder: str = "") -> list[RawFile]:
     return sorted(set(files))
 
 
-def download(file: RawFile, path: Path) -> Path:
+def download(file: RawFile, path: Path, speaks: Callable[[], bool] = lambda: True) -> Path:
     """
     Fetch a file to `path`, continuing what an earlier try left in `path`.part; it gets its name when its size and
     sha256 are right. What goes wrong on the way is tried again as long as new bytes come. A local file stays where it
-    is. Raises OSError when it cannot be had.
+    is. The status shows how far it is while it `speaks`. Raises OSError when it cannot be had.
     """
     if not file.url:
         return Path(file.name)
@@ -362,7 +361,8 @@ def download(file: RawFile, path: Path) -> Path:
                     for chunk in response.iter_content(1 << 12):  # more would be lost when it breaks off
                         out.write(chunk)
                         have = out.tell()
-                        status(f"fetching {path.name}: {have / 1e6:,.0f} of {file.size / 1e6:,.0f} MB")
+                        if speaks():
+                            status(f"fetching {path.name}: {have / 1e6:,.0f} of {file.size / 1e6:,.0f} MB")
                         if have >= file.size:
                             break
             if have < file.size:
@@ -445,7 +445,7 @@ def read_batches(path: Path, size: int = 1 << 18) -> Iterator[list[str]]:
 
 def tokenize(texts: list[str], tokenizer: tiktoken.Encoding) -> np.ndarray:
     """
-    The tokens of documents, (n,) uint16, each document preceded by an <|endoftext|>; one within a text is ordinary text.
+    The tokens of documents, (n,) uint16, each preceded by an <|endoftext|>; one within a text is ordinary text.
 
     White space of several 100,000 characters would overflow the stack of tiktoken's regular expressions, so long texts
     are cut before the last character of every long stretch of it. GPT-2's pattern takes all but that character as one
@@ -469,10 +469,17 @@ def tokenize_in_order(
     own in that file. It begins at `place`. Threads tokenize a few batches ahead (tiktoken does its work outside of
     Python's lock), and one fetches the next file, to `work`.
     """
+    waiting = threading.Event()  # for a file
+
+    def fetch(file: RawFile) -> Path:
+        return download(file, work / Path(file.name).name, waiting.is_set)
 
     def batches() -> Iterator[tuple[list[int], list[str]]]:
-        paths = in_background(lambda file: download(file, work / Path(file.name).name), files[place[0] :], 1, 1)
-        for index, path in enumerate(paths, start=place[0]):
+        paths = in_background(fetch, files[place[0] :], 1, 1)
+        for index in range(place[0], len(files)):
+            waiting.set()
+            path = next(paths)
+            waiting.clear()
             yield from (([index, i], texts) for i, texts in enumerate(read_batches(path)) if [index, i] >= place)
 
     yield from in_background(lambda batch: (batch[0], tokenize(batch[1], tokenizer)), batches(), workers, 2 * workers)
