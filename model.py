@@ -66,8 +66,8 @@ KVCache = list[KV]  # of each layer
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """
-    `F.linear`, (..., in) to (..., out), made fast for the few rows that generation has on a CPU: it takes W x^T, with a
-    single row doubled, because BLAS may run a matrix-vector product on one thread only.
+    `F.linear`, (..., in) to (..., out), faster on a CPU for the few rows of generation: computed as W x^T, and a single
+    row twice, because BLAS may run a matrix-vector product on one thread.
     """
     rows = x.numel() // x.size(-1)
     if torch.is_grad_enabled() or rows > 8 or x.device.type != "cpu" or x.dtype != torch.float32:
@@ -150,7 +150,7 @@ class LinearCrossEntropy(torch.autograd.Function):
             logits[:, vocab_size:] = -math.inf
             picked, top = logits.gather(1, target), logits.amax(dim=1, keepdim=True)
             probs = torch.softmax(logits, dim=1, out=logits)
-            log_sum = top - probs.amax(dim=1, keepdim=True).log()  # of the exponentials of the logits
+            log_sum = top - probs.amax(dim=1, keepdim=True).log()  # log-sum-exp of each row
             total += ((log_sum - picked) * scored).sum()
             # The gradient: the softmax, minus one at the target. When compiled, no float32 logits are stored.
             grad = probs.to(dtype).scatter_(1, target, ((picked - log_sum).exp() - 1).to(dtype))
@@ -218,8 +218,8 @@ class GPT(nn.Module):
         block_size.
 
         With a `cache`, the tokens are at `positions`, (T,) int64; their keys and values are written there, and they
-        attend to the places of the cache where `mask`, (T, its length), is true. Without a mask the last token is at
-        the end of the cache, and the first at its beginning or the last one itself.
+        attend to the places of the cache where `mask`, (T, its length), is true. Without a mask, either
+        all tokens of the cache are new or only the last is.
         """
         T, block_size = tokens.size(1), self.config.block_size
         if block_size < T:
@@ -259,7 +259,7 @@ class GPT(nn.Module):
         size, weight = rows_at_a_time(x), self.transformer.wte.weight[: self.config.vocab_size]
         weight = weight - weight.mean(dim=0)  # softmax ignores a shift, and bfloat16 rounds smaller logits less
         for rows, target in zip(x.split(size), targets.split(size), strict=True):
-            logits = linear(rows, weight).float()
+            logits = F.linear(rows, weight).float()
             losses = F.cross_entropy(logits, target, reduction="none")
             results.append(torch.stack((losses, (logits.argmax(dim=1) == target).float())))
         return torch.cat(results, dim=1)
@@ -512,7 +512,9 @@ def generate(
     places, finished = torch.arange(config.block_size, device=tokens.device), torch.zeros_like(tokens[:, 0]).bool()
     for _ in range(max_new_tokens):
         T = tokens.size(1)
-        new, positions, seen, mask = tokens[:, start:].contiguous(), places[start:T], cache, None
+        # A copy, even of one token of one row: the stride of a view would grow, and each step be compiled anew.
+        new = tokens[:, start:].clone(memory_format=torch.contiguous_format)
+        positions, seen, mask = places[start:T], cache, None
         if compiled:  # all sizes stay the same
             mask = places <= positions[:, None]
         else:

@@ -1,6 +1,5 @@
 """
-Everything that comes from outside, and the files it becomes: text to token shards in `data/NAME`, evaluation sets,
-OpenAI's weights.
+Downloads, and the files made from them: text to token shards in `data/NAME`, evaluation sets, OpenAI's weights.
 
     python prepare_data.py                                    # FineWeb-Edu, 10B tokens, and the evaluation sets
     python prepare_data.py --source demo                      # Python's own manual, without network: data/demo
@@ -33,6 +32,7 @@ import shutil
 import sys
 import threading
 import time
+import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -51,13 +51,13 @@ VOCAB_SIZES = {"gpt2": 50257, "byte": 257}  # of the tokenizers
 TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer_config.json")
 FORMATS = (".txt", ".jsonl", ".jsonl.gz", ".parquet")
 SHARD_MAGIC, SHARD_VERSION, HEADER_BYTES = 20240520, 1, 1024
-DOWNLOAD_ATTEMPTS = 8  # in a row that bring nothing new
+DOWNLOAD_ATTEMPTS = 8  # in a row without progress
 
 # What the scripts have in common
 
 
 def run(main: Callable[[], None]) -> None:
-    """Run a script's main function, and end the process without waiting for its threads."""
+    """Run a script's main function, and end the process without waiting for its threads or for other ranks."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:  # closed, and the next file to be opened would take its place
             setattr(sys, name, open(os.devnull, mode))
@@ -67,37 +67,42 @@ def run(main: Callable[[], None]) -> None:
         main()
     except SystemExit as ending:
         code = ending.code
+    except Exception:
+        traceback.print_exc()
+        code = 1
     with suppress(OSError):
         sys.stdout.flush()
     os._exit(code)
 
 
 @contextmanager
-def one_line_errors(script: str, less: str = "", speaks: Callable[[], bool] = lambda: True) -> Iterator[None]:
-    """Whatever goes wrong that a user can mend ends in one line on standard error, if this process `speaks`, and exit
-    status 1. `less` is what to do when memory is short."""
+def one_line_errors(
+    script: str, memory_advice: str = "", speaks: Callable[[Exception], bool] = lambda error: True
+) -> Iterator[None]:
+    """Turn an error that the user can fix into one line on standard error, if the process `speaks`, and exit status 1.
+    `memory_advice` says how to use less memory."""
     try:
         yield
-    except BrokenPipeError:  # nobody reads the text any more
+    except BrokenPipeError:  # the reader has closed the pipe
         sys.exit(0)
     except (ValueError, OSError, FloatingPointError, ModuleNotFoundError, RuntimeError) as error:
         problem = " ".join(str(error).split())
         if isinstance(error, ModuleNotFoundError):
             problem += f"; pip install {error.name}"
-        elif "out of memory" in problem or "can't allocate memory" in problem:
-            problem = f"out of memory; {less}"
+        elif memory_advice and ("out of memory" in problem or "can't allocate memory" in problem):
+            problem = f"out of memory; {memory_advice}"
         elif type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):  # no C compiler, for one
             problem = f"the model could not be compiled ({problem}); leave --compile out, or give --no-compile"
         elif isinstance(error, RuntimeError):
             raise
         status("")
-        if speaks():
-            print(f"{script}: error: {problem}", file=sys.stderr)
+        if speaks(error):
+            sys.stderr.write(f"{script}: error: {problem}\n")  # at once: other ranks may write too
         sys.exit(1)
 
 
 def say(text: str) -> None:
-    """Print a line on rank 0, in place of the status. If nobody reads standard output any more, it is dropped, and the
+    """Print a line on rank 0, in place of the status. If the reader has closed the pipe, the line is dropped, and the
     run continues."""
     status("")
     try:
@@ -108,19 +113,20 @@ def say(text: str) -> None:
 
 
 def status(text: str) -> None:
-    """What is going on now, on a terminal, until the next line or status takes its place."""
+    """Show `text` on the last line of a terminal until the next line or status replaces it."""
     if sys.stderr.isatty() and os.environ.get("RANK", "0") == "0":
         print(f"\r{text[: shutil.get_terminal_size().columns - 1]}\x1b[K", end="", file=sys.stderr, flush=True)
 
 
 def in_background(function: Callable, items: Iterable[Any], threads: int, ahead: int) -> Iterator[Any]:
-    """function(item) for each item, in order; `threads` threads work on the next `ahead` of them."""
+    """function(item) for each item, in order, computed by `threads` threads up to `ahead` items in advance."""
     pool, pending = ThreadPoolExecutor(threads), deque()
     for item in items:
         pending.append(pool.submit(function, item))
         if len(pending) > ahead:
             yield pending.popleft().result()
-    yield from (future.result() for future in pending)
+    while pending:
+        yield pending.popleft().result()
 
 
 def number(kind: type, least: float, most: float) -> Callable[[str], Any]:
@@ -141,8 +147,8 @@ def number(kind: type, least: float, most: float) -> Callable[[str], Any]:
 
 @contextmanager
 def locked(directory: Path, wait: bool = False) -> Iterator[None]:
-    """Be the only process that writes to a directory, which is made if need be. However a process ends, its lock ends
-    with it. Raises BlockingIOError when another has the lock, or waits for that one."""
+    """Hold the lock of a directory, which is made if need be, so that only one process writes to it. The lock ends with
+    its process, however that ends. If another has it, raises BlockingIOError, or with `wait` waits."""
     directory.mkdir(parents=True, exist_ok=True)
     with open(directory / ".lock", "a") as file:
         try:
@@ -205,7 +211,7 @@ def sha256_of(path: Path) -> str:
 
 def write_checksums(directory: Path) -> None:
     """Write `SHA256SUMS` over the files of a directory, as `sha256sum -c` reads it."""
-    files = sorted(path for path in directory.iterdir() if path.name not in (".lock", "SHA256SUMS"))
+    files = sorted(path for path in directory.iterdir() if path.name not in (".lock", "SHA256SUMS", "SHA256SUMS.tmp"))
     write_atomically(directory / "SHA256SUMS", [f"{sha256_of(path)}  {path.name}\n".encode() for path in files])
 
 
@@ -230,12 +236,13 @@ def checkpoints(out: Path) -> list[Path]:
 @cache
 def get_tokenizer(name: str) -> tiktoken.Encoding:
     """
-    "gpt2": GPT-2's byte-pair encoding, 50,257 tokens; tiktoken fetches it once (TIKTOKEN_CACHE_DIR says to where).
+    "gpt2": GPT-2's byte-pair encoding, 50,257 tokens; tiktoken fetches it once (TIKTOKEN_CACHE_DIR says where).
     "byte": the 256 bytes of UTF-8 and <|endoftext|>, 257 tokens. Raises OSError when an encoding cannot be fetched.
     """
     if name == "byte":
         ranks, special = {bytes([i]): i for i in range(256)}, {"<|endoftext|>": 256}
         return tiktoken.Encoding("byte", pat_str=r"(?s:.{1,512})", mergeable_ranks=ranks, special_tokens=special)
+    status("loading GPT-2's tokenizer")
     try:
         return tiktoken.get_encoding(name)
     except requests.RequestException as error:
@@ -243,6 +250,7 @@ def get_tokenizer(name: str) -> tiktoken.Encoding:
         raise OSError(f"{problem}; use the byte tokenizer, or set TIKTOKEN_CACHE_DIR to a filled one") from error
 
 
+@cache
 def token_bytes(tokenizer: tiktoken.Encoding) -> np.ndarray:
     """How many bytes of UTF-8 each token stands for: (vocab_size,) uint16, 0 for <|endoftext|>."""
     sizes = [len(tokenizer.decode_single_token_bytes(token)) for token in range(tokenizer.n_vocab)]
@@ -256,7 +264,7 @@ def tokenizer_files(tokenizer: tiktoken.Encoding) -> dict[str, str]:
     The text of a tokenizer's files, by name, as OpenAI published GPT-2's and transformers reads them.
 
     Each byte is spelled as a character: 188 as the one they are in Latin-1, the others, in order, from chr(256) on. The
-    two parts that a token was merged from are those to which byte-pair encoding comes before the last merge.
+    two parts that a token was merged from are what byte-pair encoding reaches just before the last merge.
     """
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     ordered = printable + [byte for byte in range(256) if byte not in printable]
@@ -305,8 +313,8 @@ def get(url: str, first: int = 0) -> requests.Response:
 
 
 def wait_or_raise(error: requests.RequestException, name: str, failures: int, most: int) -> None:
-    """Wait before the next try, after so many in a row that brought nothing new: as long as the server asks, else half
-    a second, one, two, ..., at most a minute. Raises OSError when another try is pointless or too many have failed."""
+    """Sleep before the next try, after `failures` in a row without progress: as long as the server's Retry-After, else
+    1, 2, 4, ... seconds, at most a minute. Raises OSError when another try is pointless or `most` have failed."""
     code = 0 if error.response is None else error.response.status_code
     problem = f"the server answers {code}" if code else type(error).__name__
     if failures >= most or (400 <= code < 500 and code not in (408, 416, 429)):
@@ -314,20 +322,20 @@ def wait_or_raise(error: requests.RequestException, name: str, failures: int, mo
         raise OSError(f"{name} could not be fetched: {problem}; {advice}")
     status(f"{name}: {problem}; trying again")
     after = error.response.headers.get("Retry-After", "") if code else ""
-    time.sleep(min(60.0, float(after) if after.isdecimal() else 0.5 * 2**failures))
+    time.sleep(min(60.0, float(after) if after.isdecimal() else 2.0 ** (failures - 1)))
 
 
 def list_hub(repository: str, folder: str = "") -> list[RawFile]:
     """The files of a folder of `datasets/OWNER/NAME` or `models/OWNER/NAME` on the hub. Raises OSError."""
     hub, name = hub_address(), f"list of {repository}{folder}"
     asked, files, failures = set(), [], 0
-    url, place = f"{hub}/api/{repository}/tree/main{folder}", f"{hub}/{repository.removeprefix('models/')}/resolve/main"
+    url, base = f"{hub}/api/{repository}/tree/main{folder}", f"{hub}/{repository.removeprefix('models/')}/resolve/main"
     while url and url not in asked:
         try:
             with get(url) as response:
                 for entry in response.json():
                     sha256 = str((entry.get("lfs") or {}).get("oid", ""))
-                    files.append(RawFile(str(entry["path"]), int(entry["size"]), sha256, f"{place}/{entry['path']}"))
+                    files.append(RawFile(str(entry["path"]), int(entry["size"]), sha256, f"{base}/{entry['path']}"))
                 asked.add(url)
                 failures = 0
                 url = response.links.get("next", {}).get("url")
@@ -342,8 +350,8 @@ def list_hub(repository: str, folder: str = "") -> list[RawFile]:
 def download(file: RawFile, path: Path, speaks: Callable[[], bool] = lambda: True) -> Path:
     """
     Fetch a file to `path`, continuing what an earlier try left in `path`.part; it gets its name when its size and
-    sha256 are right. What goes wrong on the way is tried again as long as new bytes come. A local file stays where it
-    is. The status shows how far it is while it `speaks`. Raises OSError when it cannot be had.
+    sha256 are right. Tries again as long as new bytes arrive, and shows its progress while it `speaks`. A local file
+    is returned as it is. Raises OSError when it cannot be had.
     """
     if not file.url:
         return Path(file.name)
@@ -351,9 +359,9 @@ def download(file: RawFile, path: Path, speaks: Callable[[], bool] = lambda: Tru
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
-    failures = most = 0
+    failures = furthest = 0
     while (have := part.stat().st_size if part.exists() else 0) < file.size:
-        most = max(most, have)
+        furthest = max(furthest, have)
         try:
             with get(file.url, have) as response:
                 resumes = response.headers.get("Content-Range", "").startswith(f"bytes {have}-")
@@ -370,7 +378,7 @@ def download(file: RawFile, path: Path, speaks: Callable[[], bool] = lambda: Tru
         except requests.RequestException as error:
             if error.response is not None and error.response.status_code == 416:
                 part.unlink(missing_ok=True)  # it is no part of what the server has
-            failures = 0 if have > most else failures + 1
+            failures = 0 if have > furthest else failures + 1
             wait_or_raise(error, file.name, failures, DOWNLOAD_ATTEMPTS)
     if part.stat().st_size != file.size or file.sha256 not in ("", sha256_of(part)):
         part.unlink()
@@ -383,25 +391,30 @@ def model_directory(name_or_dir: str | Path) -> Path:
     """The directory of a model given by path or by name; OpenAI's models are fetched at their first use, by one process
     for all. Raises FileNotFoundError when there is no such model, ValueError when it is damaged, OSError when it cannot
     be fetched."""
-    directory, files = Path(name_or_dir), ("config.json", "model.safetensors")
-    if all((directory / file).is_file() for file in files):
-        if (directory / "SHA256SUMS").exists():
-            check_checksums(directory, files)
-        return directory
-    if str(name_or_dir) not in OPENAI_MODELS:
-        missing = "it has no model.safetensors and config.json" if directory.is_dir() else "there is no such directory"
-        raise FileNotFoundError(f"{name_or_dir} is not a model: {missing}, nor is it one of {', '.join(OPENAI_MODELS)}")
-    directory = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gpt2" / name_or_dir
-    if not all((directory / file).is_file() for file in files):
-        status(f"waiting for {directory}")
-        with locked(directory, wait=True):
-            for file in list_hub(f"models/openai-community/{name_or_dir}"):
-                if file.name in files:
-                    download(file, directory / file.name)
+    directory, names = Path(name_or_dir), ("config.json", "model.safetensors")
+    if not all((directory / name).is_file() for name in names):
+        if str(name_or_dir) not in OPENAI_MODELS:
+            missing = (
+                f"there is no {' and no '.join(names)} in it" if directory.is_dir() else "there is no such directory"
+            )
+            known = ", ".join(OPENAI_MODELS)
+            raise FileNotFoundError(f"{name_or_dir} is not a model: {missing}, nor is it one of {known}")
+        directory = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gpt2" / name_or_dir
+        if not (directory / "SHA256SUMS").exists():
+            status(f"waiting for {directory}")
+            with locked(directory, wait=True):
+                for file in list_hub(f"models/openai-community/{name_or_dir}"):
+                    if file.name in names:
+                        download(file, directory / file.name)
+                write_checksums(directory)
+    if (directory / "SHA256SUMS").exists():
+        check_checksums(directory, names)
     return directory
 
 
 # Text into tokens
+
+BATCH_CHARACTERS = 1 << 18  # the position in meta.json counts batches of this size
 
 
 def read_texts(path: Path) -> Iterator[str]:
@@ -426,18 +439,20 @@ def read_texts(path: Path) -> Iterator[str]:
             (text or "").encode()  # JSON can spell half a character
             yield text or ""
             line += 1
+    except ModuleNotFoundError:
+        raise
     except Exception as error:  # of the file system, zlib, JSON, pyarrow, ...
         where = f", line {line:,}," if ".jsonl" in name else ""
         raise ValueError(f"{path}{where} cannot be read: {error}") from error
 
 
-def read_batches(path: Path, size: int = 1 << 18) -> Iterator[list[str]]:
-    """The documents of a file that are neither empty nor null, at least `size` characters at a time."""
+def read_batches(path: Path) -> Iterator[list[str]]:
+    """The documents of a file that are neither empty nor null, at least BATCH_CHARACTERS at a time."""
     batch, length = [], 0
     for text in filter(None, read_texts(path)):
         batch.append(text)
         length += len(text)
-        if length >= size:
+        if length >= BATCH_CHARACTERS:
             yield batch
             batch, length = [], 0
     yield batch
@@ -451,11 +466,12 @@ def tokenize(texts: list[str], tokenizer: tiktoken.Encoding) -> np.ndarray:
     are cut before the last character of every long stretch of it. GPT-2's pattern takes all but that character as one
     match, and no token reaches over two matches: the tokens remain those of the whole.
     """
-    space = r"[^\S\x1c-\x1f]{1000,}(?=[\S\x1c-\x1f])"  # \x1c to \x1f are white space for Python, and not for Rust
+    space = r"[^\S\x1c-\x1f]{1000,}"  # \x1c to \x1f are white space for Python, and not for Rust
     pieces = [[]]
     for text in texts:
         pieces.append([tokenizer.eot_token])
-        cuts = [match.end() - 1 for match in re.finditer(space, text)] if len(text) > 100_000 else []
+        ends = [match.end() for match in re.finditer(space, text)] if len(text) > 100_000 else []
+        cuts = [end - 1 for end in ends if end < len(text)]  # the white space that ends a text is one match in any case
         for start, end in itertools.pairwise([0, *cuts, len(text)]):
             pieces.append(tokenizer.encode_to_numpy(text[start:end], disallowed_special=()))
     return np.concatenate(pieces, dtype=np.uint16, casting="unsafe")
@@ -465,9 +481,9 @@ def tokenize_in_order(
     files: list[RawFile], place: list[int], work: Path, tokenizer: tiktoken.Encoding, workers: int
 ) -> Iterator[tuple[list[int], np.ndarray]]:
     """
-    The tokens of files, a batch of documents at a time, in order, each with its place: the index of its file, and its
-    own in that file. It begins at `place`. Threads tokenize a few batches ahead (tiktoken does its work outside of
-    Python's lock), and one fetches the next file, to `work`.
+    The tokens of files, a batch of documents at a time, in order, each with its place: [index of the file, index of the
+    batch in it]. It begins at `place`. Threads tokenize a few batches ahead (tiktoken does its work outside of Python's
+    lock), and one fetches the next file, to `work`.
     """
     waiting = threading.Event()  # for a file
 
@@ -603,7 +619,7 @@ def local_file(path: Path) -> RawFile:
 
 
 def demo_file(path: Path) -> RawFile:
-    """The topics of Python's own manual, which ships with CPython, as one line of JSON each."""
+    """The topics of Python's own manual, which ships with CPython, one JSON line each."""
     from pydoc_data.topics import topics
 
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -632,10 +648,11 @@ def next_shard(meta: dict) -> tuple[str, int]:
 
 
 def add_shard(out: Path, meta: dict, pieces: list[np.ndarray], split: str, position: list[int]) -> None:
-    """Write a shard, and then what the splits now hold and the position of the first token that is in no shard yet: its
-    file, its batch there, and its place in that."""
+    """Write a shard, then meta.json: what the split now holds, and `position`, the first token that is in no shard yet,
+    as [file, batch in it, token in that]."""
     tokenizer, before, total = get_tokenizer(meta["tokenizer"]), meta[split], sum(map(len, pieces))
-    path, header = out / f"{split}_{len(before['sha256']):06d}.bin", np.zeros(HEADER_BYTES // 4, dtype="<i4")
+    path = out / f"{split}_{len(before['sha256']):06d}.bin"
+    header = np.zeros(HEADER_BYTES // 4, dtype="<i4")
     header[:3] = SHARD_MAGIC, SHARD_VERSION, total
     write_atomically(path, [header, *(np.ascontiguousarray(piece, dtype="<u2") for piece in pieces)])
     counts = sum(np.bincount(piece, minlength=tokenizer.n_vocab) for piece in pieces)  # of each token
@@ -651,11 +668,11 @@ def add_shard(out: Path, meta: dict, pieces: list[np.ndarray], split: str, posit
 
 
 def open_meta(settings: dict, files: list[RawFile], out: Path) -> dict:
-    """What meta.json holds of a preparation with these settings, or a new one's. Raises ValueError or FileExistsError
-    where there are other shards."""
+    """The meta.json of an earlier run with these settings, or a new one. Raises ValueError or FileExistsError if the
+    directory holds other shards."""
     path, start = out / "meta.json", [0, 0, 0]
     meta = read_json(path) if path.exists() else {}
-    if meta.get("position", start) != start:
+    if meta and meta.get("position") != start:
         changed = [f"{name} was {meta.get(name)}, now {now}" for name, now in settings.items() if meta.get(name) != now]
         if changed:
             raise ValueError(f"{out} was prepared with other settings: {'; '.join(changed)}; give another --out")
@@ -701,7 +718,7 @@ def prepare(settings: dict, files: list[RawFile], out: Path, workers: int) -> di
         advice = f"all {total:,} tokens are for validation; give a lower --val-tokens and another --out"
         raise ValueError(f"there is no text to train on in {names}: {advice if total else 'it is empty'}")
     if changed := [file.name for file in files if not file.url and sha256_of(Path(file.name)) != file.sha256]:
-        raise ValueError(f"{changed[0]} has changed while it was read; prepare it again, to another --out")
+        raise ValueError(f"{changed[0]} has changed while it was being read; prepare it again, to another --out")
     meta["complete"] = True
     write_json(out / "meta.json", meta)
     shutil.rmtree(work, ignore_errors=True)
@@ -712,7 +729,7 @@ def prepare(settings: dict, files: list[RawFile], out: Path, workers: int) -> di
 
 
 def prepare_source(source: str | None, args: argparse.Namespace) -> None:
-    """One corpus or evaluation set, or with None the user's files, to the directory of its own."""
+    """Prepare one source in a directory of its own; None means the files of --input."""
     out = Path(args.out or f"data/{source or Path(args.input[0]).name.split('.')[0] or 'text'}")
     with locked(out):
         if source in EVALUATION_SETS:

@@ -6,7 +6,7 @@ Continue a prompt with a trained GPT-2; the text streams to standard output as i
     echo "Once upon a time" | python sample.py --prompt -
     python sample.py --interactive
 
-Standard output has the text and nothing else; which model it is, and how fast, stand on standard error.
+Standard output has the text and nothing else; the model's name and its speed go to standard error.
 """
 
 import signal
@@ -25,13 +25,13 @@ import tiktoken
 import torch
 
 import model as gpt
-import prepare_data as files
+import prepare_data as prep
 
 
 def newest_checkpoint(out: Path) -> Path:
     """The last checkpoint of the run that was written to last, in `out` or a directory in it. Raises FileNotFoundError
     when there is none."""
-    found = [path for run in (out, *out.glob("*/")) for path in files.checkpoints(run)]
+    found = [path for run in (out, *out.glob("*/")) for path in prep.checkpoints(run)]
     if not found:
         raise FileNotFoundError(f"there is no checkpoint in {out.absolute()}; train one, or give --model gpt2")
     return max(found, key=lambda path: (path.parent.stat().st_mtime, int(path.name[5:])))
@@ -62,14 +62,14 @@ def read_prompts(args: argparse.Namespace) -> Iterator[str]:
 
 
 def sample(args: argparse.Namespace) -> None:
-    directory = files.model_directory(args.model or newest_checkpoint(Path("out")))
+    directory = prep.model_directory(args.model or newest_checkpoint(Path("out")))
     device, (config, name) = gpt.choose_device(args.device), gpt.read_config(directory)
-    tokenizer = files.get_tokenizer(name)
+    tokenizer = prep.get_tokenizer(name)
     if tokenizer.n_vocab != config.vocab_size:
         raise ValueError(f"{directory} has {config.vocab_size} tokens, and the {name} tokenizer {tokenizer.n_vocab}")
-    files.status(f"reading {directory}")
+    prep.status(f"reading {directory}")
     model = gpt.center_logits(gpt.load_model(directory)).to(device, gpt.choose_dtype(args.dtype, device))
-    files.status("")
+    prep.status("")
     print(f"{directory}: {gpt.parameter_count(model):,} parameters, {device}", file=sys.stderr)
     generator = torch.Generator(device).manual_seed(args.seed)
     for prompt in read_prompts(args):
@@ -83,7 +83,7 @@ def sample(args: argparse.Namespace) -> None:
         prompts = torch.tensor([tokens] * args.num_samples, device=device)
         how = (args.temperature, args.top_k or None, args.top_p, generator, tokenizer.eot_token, args.compile)
         steps = gpt.generate(model, prompts, args.max_new_tokens, *how)
-        # The first sample is printed while it is generated; the others, each behind a rule, when it is done.
+        # The first sample is printed while it is generated; the others, each below a rule, at the end.
         decode, drawn, times = stream_decoder(tokenizer), [], []
         print(prompt, end="", flush=True)
         for step in steps:
@@ -100,8 +100,10 @@ def sample(args: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, description="Generate text with a trained GPT-2.")
-    add, number = parser.add_argument, files.number
+    parser = argparse.ArgumentParser(
+        usage=argparse.SUPPRESS, allow_abbrev=False, description="Generate text with GPT-2."
+    )
+    add, number = parser.add_argument, prep.number
     add("--model", help="a checkpoint, or gpt2, gpt2-medium, ... (default: the newest under out/)")
     add("--prompt", default="", help="text to continue; - reads standard input (default: none)")
     add("--interactive", action="store_true", help="ask for prompts, a line each, until end of input")
@@ -115,10 +117,10 @@ def main(argv: list[str] | None = None) -> None:
     add("--dtype", default="auto", choices=gpt.DTYPES, help="(default: auto)")
     add("--compile", action="store_true", help="compile decoding; pays for long texts")
     args = parser.parse_args(argv)
-    torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for every length
-    with files.one_line_errors("sample.py", "take fewer --num-samples, or a smaller --model"):
+    torch.backends.cuda.enable_cudnn_sdp(False)  # it re-plans for every length
+    with prep.one_line_errors("sample.py", "take fewer --num-samples, or a smaller --model"):
         sample(args)
 
 
 if __name__ == "__main__":
-    files.run(main)
+    prep.run(main)

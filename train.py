@@ -4,7 +4,7 @@ Train a GPT-2 on token shards, on a CPU, on one GPU, or on many under torchrun.
     torchrun --standalone --nproc_per_node=8 train.py     # GPT-2 124M on FineWeb-Edu 10B tokens
     python train.py                                       # the same run on one GPU, by gradient accumulation
     python train.py --preset demo                         # two minutes on a CPU
-    python train.py --eval-only --init-from gpt2          # how good OpenAI's model is, and what was published
+    python train.py --eval-only --init-from gpt2          # OpenAI's model beside its published scores
 
 Reads the shards that prepare_data.py wrote (or llm.c's). Writes to --out: `metrics.jsonl`, a line for each logged step
 and each evaluation, and checkpoints `step_NNNNNN/`, the state after that many updates. The sequences of update s depend
@@ -42,7 +42,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils.rnn import pad_sequence
 
 import model as gpt
-import prepare_data as files
+import prepare_data as prep
 from model import GPT, MODEL_SIZES
 from prepare_data import Split, in_background, read_sequences, say, status
 
@@ -114,7 +114,7 @@ PRESETS = {
     "small": SMALL,  # for a single book: a few minutes on a laptop
     "demo": replace(SMALL, data="data/demo", out="out/demo", steps=1400),
 }
-CHECKPOINT_FILES = ("config.json", "model.safetensors", "trainer.pt", *files.TOKENIZER_FILES)
+CHECKPOINT_FILES = ("config.json", "model.safetensors", "trainer.pt", *prep.TOKENIZER_FILES)
 FLOAT16_SKIPS = 20  # consecutive updates that float16's scaler may skip while it looks for its scale
 
 
@@ -122,15 +122,15 @@ def parse_args(parser: argparse.ArgumentParser, argv: list[str] | None) -> tuple
     """The command line, with an option for each field of TrainConfig, and those that were given."""
     parser.add_argument("--preset", default="gpt2", choices=PRESETS, help="where to start from (default: gpt2)")
     for item in fields(TrainConfig):
-        text, kind = item.metadata["help"], {}
+        text, kwargs = item.metadata["help"], {}
         if item.type in (int, float, str):
-            parse = str if item.type is str else files.number(item.type, *item.metadata["range"])
+            parse = str if item.type is str else prep.number(item.type, *item.metadata["range"])
             choices = item.metadata["choices"]
-            kind |= {"type": parse} | ({"choices": choices} if choices else {"metavar": item.type.__name__.upper()})
+            kwargs |= {"type": parse} | ({"choices": choices} if choices else {"metavar": item.type.__name__.upper()})
             text += f" (default: {item.default})" if item.default != "" else ""
         else:
-            kind["action"] = argparse.BooleanOptionalAction
-        parser.add_argument("--" + item.name.replace("_", "-"), default=None, help=text, **kind)
+            kwargs["action"] = argparse.BooleanOptionalAction
+        parser.add_argument("--" + item.name.replace("_", "-"), default=None, help=text, **kwargs)
     given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
     return replace(PRESETS[given.pop("preset")], **given), given
 
@@ -243,8 +243,9 @@ def load_batch(split: Split, config: TrainConfig, step: int, job: Job) -> Tensor
     indices = batch_indices(split, config, step).reshape(-1, job.world_size, config.micro_batch_size)[:, job.rank]
     batch = torch.from_numpy(read_sequences(split, indices.ravel()).reshape(*indices.shape, -1))
     if job.device.type == "cuda":
-        torch.cuda.set_device(job.device)  # of this thread: pinning would else open a context on the first GPU
-    return batch.pin_memory() if job.device.type == "cuda" else batch
+        torch.cuda.set_device(job.device)  # of this thread: pinning would otherwise open a context on the first GPU
+        batch = batch.pin_memory()
+    return batch
 
 
 # Checkpoints and the log
@@ -258,29 +259,29 @@ def save_checkpoint(out: Path, step: int, model: GPT, trainer: dict, tokenizer: 
     shutil.rmtree(part, ignore_errors=True)
     try:
         gpt.save_model(model, part, tokenizer)
-        for name, text in files.tokenizer_files(files.get_tokenizer(tokenizer)).items():
+        for name, text in prep.tokenizer_files(prep.get_tokenizer(tokenizer)).items():
             (part / name).write_text(text, encoding="utf-8")
         torch.save(trainer, part / "trainer.pt")
-        files.write_checksums(part)
+        prep.write_checksums(part)
         for path in (out / "metrics.jsonl", *part.iterdir(), part):  # the log first: it is never behind a checkpoint
-            files.synchronize(path)
+            prep.synchronize(path)
     except (OSError, RuntimeError, SafetensorError) as error:
         shutil.rmtree(part, ignore_errors=True)
         raise OSError(f"{final} could not be written ({error}); make room, then continue with --resume") from error
     shutil.rmtree(final, ignore_errors=True)  # a damaged one that was passed over
     part.rename(final)
-    files.synchronize(out)
-    found = files.checkpoints(out)
+    prep.synchronize(out)
+    found = prep.checkpoints(out)
     until_now = found[: found.index(final) + 1]  # a later one is damaged and was passed over
     for old in until_now[:-keep] if keep else []:
         shutil.rmtree(old)
 
 
 def find_source(config: TrainConfig) -> tuple[Path | None, bool]:
-    """The directory to take the weights from (None for a new model), and whether to resume from it. Damaged checkpoints
-    are named and passed over. Raises FileExistsError for a run that is there and not to be resumed, FileNotFoundError
+    """Where the weights come from (None: a new model), and whether the run resumes there. Damaged checkpoints are named
+    and passed over. Raises FileExistsError for a run that is there and not to be resumed, FileNotFoundError
     for weights that are not there, ValueError for damaged ones."""
-    out, found = Path(config.out), files.checkpoints(Path(config.out))
+    out, found = Path(config.out), prep.checkpoints(Path(config.out))
     log = out / "metrics.jsonl"
     begun = found or (log.exists() and b"train_loss" in log.read_bytes())
     if begun and not config.resume and not config.eval_only:
@@ -288,13 +289,13 @@ def find_source(config: TrainConfig) -> tuple[Path | None, bool]:
     if config.resume or (config.eval_only and not config.init_from):
         for checkpoint in reversed(found):
             try:
-                files.check_checksums(checkpoint, CHECKPOINT_FILES)
+                prep.check_checksums(checkpoint, CHECKPOINT_FILES)
                 return checkpoint, not config.eval_only
             except (ValueError, OSError) as error:
                 say(f"warning: {error}; passing over {checkpoint.name}")
         if found or config.eval_only:
             raise ValueError(f"{out} has no whole checkpoint; give another --out to begin anew, or --init-from")
-    return (files.model_directory(config.init_from), False) if config.init_from else (None, False)
+    return (prep.model_directory(config.init_from), False) if config.init_from else (None, False)
 
 
 def load_trainer(config: TrainConfig, given: dict[str, Any], checkpoint: Path) -> tuple[TrainConfig, dict]:
@@ -309,31 +310,29 @@ def load_trainer(config: TrainConfig, given: dict[str, Any], checkpoint: Path) -
     changed = [f"--{n.replace('_', '-')} was {saved[n]} and is now {given[n]}" for n in fixed if given[n] != saved[n]]
     if changed:
         raise ValueError(f"{checkpoint} is from another run: {'; '.join(changed)}")
-    own = {"out": config.out, "resume": True, "micro_batch_size": config.micro_batch_size}
-    return TrainConfig(**(saved | given | own)), trainer
+    always = {"out": config.out, "resume": True, "micro_batch_size": config.micro_batch_size}
+    return TrainConfig(**(saved | given | always)), trainer
 
 
 def open_log(path: Path, step: int) -> TextIO:
-    """metrics.jsonl, to append to, without lines about updates past `step`, and without what a crash has damaged."""
+    """Open metrics.jsonl for appending, after dropping lines past `step` and lines that a crash has cut."""
     path.parent.mkdir(parents=True, exist_ok=True)
     kept = []
     for line in path.read_bytes().splitlines(keepends=True) if path.exists() else []:
         with suppress(ValueError):
-            past = files.read_object(line, path).get("step")
+            past = prep.read_object(line, path).get("step")
             kept += [line] if not isinstance(past, int) or past <= step else []
-    files.write_atomically(path, kept)
+    prep.write_atomically(path, kept)
     return open(path, "a", encoding="utf-8", buffering=1)
 
 
 def describe(entry: dict, seconds_left: float = 0) -> str:
     """An entry of the log for the terminal, within 80 columns: an update on one line; an evaluation as a table."""
     if "train_loss" in entry:
-        rate = entry["tokens_per_second"]
+        rate, norm = entry["tokens_per_second"], math.inf if entry["grad_norm"] is None else entry["grad_norm"]
         speed = f"{rate / 1000:,.0f}k tok/s" if rate >= 1e5 else f"{rate:,.0f} tok/s"
         speed += f"  mfu {entry['mfu']:.0%}" if "mfu" in entry else ""
-        update = (
-            f"step {entry['step']}  loss {entry['train_loss']:.4f}  lr {entry['lr']:.1e}  norm {entry['grad_norm']:.2f}"
-        )
+        update = f"step {entry['step']}  loss {entry['train_loss']:.4f}  lr {entry['lr']:.1e}  norm {norm:.2f}"
         return f"{update}  {speed}  {timedelta(seconds=int(seconds_left))}"
     lines = [f"step {entry['step']}  evaluation" if "step" in entry else f"evaluation of {entry['evaluated']}"]
     for name, value in entry.items():
@@ -344,8 +343,8 @@ def describe(entry: dict, seconds_left: float = 0) -> str:
 
 
 def sample_text(model: GPT, tokenizer_name: str, seed: int, device: torch.device) -> str:
-    """100 tokens of text that the model begins by itself."""
-    tokenizer = files.get_tokenizer(tokenizer_name)
+    """100 tokens of unconditional text."""
+    tokenizer = prep.get_tokenizer(tokenizer_name)
     generator = torch.Generator(device).manual_seed(seed)
     prompt = torch.tensor([[tokenizer.eot_token]], device=device)
     model.eval()
@@ -373,18 +372,19 @@ class EvalSet(NamedTuple):
 
     rows: Sequence[np.ndarray]  # of uint16
     scored: np.ndarray  # (rows,) int64: how many tokens at the end of each
-    labels: np.ndarray  # (tasks,) int64: the right ending; for sequences, (rows,): the bytes of text they stand for
+    labels: np.ndarray | None = None  # (tasks,) int64: the right ending
+    text_bytes: int = 0  # of the scored tokens of sequences
 
 
 def read_tasks(name: str, path: Path, tokenizer: tiktoken.Encoding, most: int) -> EvalSet:
     """The first `most` tasks of a set in its published form. An ending's tokens are those of a space and its text; that
     of a LAMBADA passage is its last word. Raises ValueError, with the line, for what is not a task."""
     if (path.parent / "SHA256SUMS").exists():
-        files.check_checksums(path.parent, [path.name])
+        prep.check_checksums(path.parent, [path.name])
     rows, scored, labels = [], [], []
     for number, line in enumerate(path.read_bytes().splitlines()[:most], start=1):
         try:
-            task = files.read_object(line, "it")
+            task = prep.read_object(line, "it")
             if name == "lambada":
                 context, last_word = task["text"].rsplit(" ", 1)
                 endings, label = [last_word], 0
@@ -406,13 +406,13 @@ def read_tasks(name: str, path: Path, tokenizer: tiktoken.Encoding, most: int) -
 
 def open_evaluation(config: TrainConfig, split: Split, tokenizer_name: str, block_size: int) -> dict[str, EvalSet]:
     """What an evaluation scores: the first eval_tokens of the validation split, and of the sets beside the data."""
-    T, tokenizer = config.sequence_length, files.get_tokenizer(tokenizer_name)
+    T, tokenizer = config.sequence_length, prep.get_tokenizer(tokenizer_name)
     count = min(max(1, config.eval_tokens // T), int(split.first[-1]))
     rows = read_sequences(split, np.arange(count)).astype(np.uint16)
-    sizes = files.token_bytes(tokenizer)[rows[:, 1:]].sum(axis=1, dtype=np.int64)
-    sets = {"val": EvalSet(rows, np.full(count, T), sizes)}
-    for name in files.EVALUATION_SETS:
-        path = Path(config.data).parent / name / files.FILES[name].name
+    text_bytes = int(prep.token_bytes(tokenizer)[rows[:, 1:]].sum(dtype=np.int64))
+    sets = {"val": EvalSet(rows, np.full(count, T), text_bytes=text_bytes)}
+    for name in prep.EVALUATION_SETS:
+        path = Path(config.data).parent / name / prep.FILES[name].name
         if config.eval_tasks and path.exists():
             tasks = read_tasks(name, path, tokenizer, config.eval_tasks)
             if tasks.scored.max() <= block_size:  # else an ending alone is more than the model's context
@@ -420,12 +420,12 @@ def open_evaluation(config: TrainConfig, split: Split, tokenizer_name: str, bloc
     return sets
 
 
-def score(
+def score_rows(
     model: GPT, scorer: Callable | None, name: str, data: EvalSet, job: Job, autocast: torch.autocast
 ) -> np.ndarray:
     """
     For each row, the loss of its scored tokens, summed in nats, and how many of them are the most likely: (2, rows)
-    float64, over all ranks. Of a row that is too long for the model the beginning is left out.
+    float64, over all ranks. Rows too long for the model lose their beginning.
 
     Rows of about the same length share a batch. Batches depend on the rows alone, so the scores are the same on any
     number of ranks. Those of whole sequences have one shape and go to `scorer`, the compiled model.score; the others
@@ -470,21 +470,21 @@ def evaluate(
     the last word are the most likely, "lambada_perplexity" the exponential of the mean loss of a word.
     """
     model.eval()
-    means, others, metrics = {}, {}, {}
+    per_row, others, metrics = {}, {}, {}
     for name, data in sets.items():
-        nats, top = score(model, scorer, name, data, job, autocast)
+        nats, top = score_rows(model, scorer, name, data, job, autocast)
         if name == "val":
-            means["val_loss"] = nats / data.scored
-            others["val_perplexity"] = np.exp(means["val_loss"].mean())
-            others["val_bits_per_byte"] = nats.sum() / math.log(2) / max(1, data.labels.sum())
+            per_row["val_loss"] = nats / data.scored
+            others["val_perplexity"] = np.exp(per_row["val_loss"].mean())
+            others["val_bits_per_byte"] = nats.sum() / math.log(2) / max(1, data.text_bytes)
         elif name == "lambada":
-            means["lambada_acc"] = top == data.scored
+            per_row["lambada_acc"] = top == data.scored
             others["lambada_perplexity"] = np.exp(nats.mean())
         else:
             by_task = (len(data.labels), -1)
-            means["hellaswag_acc"] = nats.reshape(by_task).argmin(axis=1) == data.labels
-            means["hellaswag_acc_norm"] = (nats / data.scored).reshape(by_task).argmin(axis=1) == data.labels
-    for name, values in means.items():
+            per_row["hellaswag_acc"] = nats.reshape(by_task).argmin(axis=1) == data.labels
+            per_row["hellaswag_acc_norm"] = (nats / data.scored).reshape(by_task).argmin(axis=1) == data.labels
+    for name, values in per_row.items():
         metrics[name] = values.mean()
         metrics[f"{name}_se"] = values.std(ddof=1) / math.sqrt(len(values)) if len(values) > 1 else math.nan
     model.train()
@@ -509,8 +509,8 @@ def build_model(config: TrainConfig, source: Path | None, meta: dict) -> GPT:
 
 
 def fits(size: int, config: TrainConfig, model: GPT, job: Job, autocast: torch.autocast) -> bool:
-    """Whether a GPU has room for a forward and a backward pass of so many sequences, beside the optimizer's state, the
-    gradients, and the buckets in which they are exchanged."""
+    """Whether a GPU has room for a forward and a backward pass of so many sequences, beside the two averages of the
+    optimizer, the gradients accumulated before, and DistributedDataParallel's buckets."""
     status(f"trying micro-batches of {size}")
     torch.cuda.set_per_process_memory_fraction(0.9, job.device)  # the rest is for evaluation, samples and gaps
     try:
@@ -541,35 +541,38 @@ def find_micro_batch_size(config: TrainConfig, model: GPT, job: Job, autocast: t
 def train(config: TrainConfig, given: dict[str, Any] | None = None) -> int:
     """
     Run a training, or the rest of one, from the shards in config.data to the log and the checkpoints in config.out; or
-    evaluate alone. A run that is resumed keeps its settings but for those `given`, by default all. Returns the exit
-    status: 0, or 128 + the signal that interrupted it. Raises FloatingPointError when it diverges, and ValueError or
-    OSError with a sentence for the user.
+    evaluate alone. A resumed run keeps its saved settings but for those in `given` (None: all of `config`). Returns the
+    exit status: 0, or 128 + the signal that interrupted it. Raises FloatingPointError when it diverges, and ValueError
+    or OSError with a sentence for the user.
     """
-    # The starting weights and the data
+    # The starting weights, the data, the model
     out, (source, resuming) = Path(config.out), find_source(config)
     if resuming:
         config, state = load_trainer(config, asdict(config) if given is None else given, source)
     check_config(config)
     status(f"reading {source or config.data}")
     data, T, evaluates = Path(config.data), config.sequence_length, config.eval_every > 0 or config.eval_only
-    meta, val_split = files.read_meta(data), files.open_split(data, "val", T) if evaluates else None
-    split = val_split if config.eval_only else files.open_split(data, "train", T)
+    meta, val_split = prep.read_meta(data), prep.open_split(data, "val", T) if evaluates else None
+    split = val_split if config.eval_only else prep.open_split(data, "train", T)
     tokens, whole = sum(split.tokens), T * int(split.first[-1])
     if config.total_batch_tokens > whole and not config.eval_only:
         problem = f"an update of {config.total_batch_tokens:,} tokens is more than all {whole:,} of {data}"
         raise ValueError(f"{problem}; take a smaller --total-batch-tokens, or --preset small")
-    files.get_tokenizer(meta["tokenizer"])  # one that cannot be fetched is noticed now
+    if resuming and state["data"] != split.sha256:
+        raise ValueError(f"the shards in {data} are not those that {source} was trained on")
+    prep.get_tokenizer(meta["tokenizer"])  # one that cannot be fetched is noticed now
+    torch.manual_seed(config.seed)
+    model = build_model(config, source, meta)
     if config.tensorboard:
         from torch.utils.tensorboard import SummaryWriter
 
-    # The processes, and on the device of each the model
+    # The processes, and the device of each
     job = start_job(config.device)
     device, main_process = job.device, job.rank == 0
     step = state["step"] if resuming else 0
-    if all_reduce(torch.tensor(float(step), device=device)) != step * job.world_size:
+    if all_reduce(torch.tensor(step, device=device)) != step * job.world_size:
         raise FileNotFoundError(f"the ranks see different files in {out}; it must be on a disk that all machines share")
-    torch.manual_seed(config.seed)
-    model = build_model(config, source, meta).to(device).train()
+    model.to(device).train()
     dtype = gpt.choose_dtype(config.dtype, device)
     autocast = torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
     compiles = config.compile if config.compile is not None else device.type == "cuda" and bool(find_spec("triton"))
@@ -591,8 +594,6 @@ def train(config: TrainConfig, given: dict[str, Any] | None = None) -> int:
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     losses, size = [], config.micro_batch_size
     if resuming:
-        if state["data"] != split.sha256:
-            raise ValueError(f"the shards in {data} are not those that {source} was trained on")
         optimizer.load_state_dict(state["optimizer"])
         for parameter, values in (optimizer.optim if zero else optimizer).state.items():
             values["step"] = values["step"].to(parameter.device)  # ZeroRedundancyOptimizer puts it on the CPU
@@ -629,6 +630,8 @@ def train(config: TrainConfig, given: dict[str, Any] | None = None) -> int:
         for name in entry.keys() - {"step"} if board else ():
             if entry[name] is not None:
                 board.add_scalar(name, entry[name], entry["step"])
+        if board:
+            board.flush()
 
     def due(every: int) -> bool:
         return step == config.steps or (every > 0 and step % every == 0)
@@ -645,8 +648,8 @@ def train(config: TrainConfig, given: dict[str, Any] | None = None) -> int:
 
     # The loop: each update trains on total_batch_tokens, of which this rank has its share, in micro-batches
     saved, bad_norms, stop, times = step, 0, 0, []
-    signals, coming = note_signals(), range(step + 1, config.steps + 1)
-    batches = in_background(lambda step: load_batch(split, config, step, job), coming, 1, 1)
+    signals, steps_left = note_signals(), range(step + 1, config.steps + 1)
+    batches = in_background(lambda step: load_batch(split, config, step, job), steps_left, 1, 1)
     while step < config.steps and not stop:
         step, began = step + 1, time.perf_counter()
         batch = next(batches).to(device, non_blocking=True)
@@ -685,7 +688,8 @@ def train(config: TrainConfig, given: dict[str, Any] | None = None) -> int:
         if due(config.log_every):
             seconds = sum(times) / len(times)
             rate = config.total_batch_tokens / seconds
-            entry = {"step": step, "train_loss": math.fsum(losses) / len(losses), "lr": lr, "grad_norm": norm}
+            entry = {"step": step, "train_loss": math.fsum(losses) / len(losses), "lr": lr}
+            entry |= {"grad_norm": norm if math.isfinite(norm) else None}  # while float16's scaler looks for its scale
             entry |= {"tokens_per_second": rate} | ({"mfu": rate * flops / (peak * job.world_size)} if peak else {})
             record(entry, (config.steps - step) * seconds)
             losses, times = [], []
@@ -703,8 +707,6 @@ def train(config: TrainConfig, given: dict[str, Any] | None = None) -> int:
                 save_checkpoint(out, step, model, state, meta["tokenizer"], config.keep_checkpoints)
                 say(f"step {step}  checkpoint {out}/step_{step:06d}")
             saved = step
-    if board:
-        board.close()
     if step < config.steps:
         say(f"interrupted after step {step}; continue with the same command and --resume")
         return 128 + (signals[0] if signals else signal.SIGTERM)
@@ -722,13 +724,14 @@ def main(argv: list[str] | None = None) -> None:
     except ValueError as error:
         parser.error(str(error))
 
-    def speaks() -> bool:  # before the processes have met, all have the same error, and one per machine says it
-        return dist.is_initialized() or os.environ.get("LOCAL_RANK", "0") == "0"
+    def speaks(error: Exception) -> bool:  # an error that all processes have is told by one per machine
+        shared = not dist.is_initialized() or isinstance(error, FloatingPointError)
+        return os.environ.get("LOCAL_RANK", "0") == "0" or not shared
 
-    less = "leave --micro-batch-size out, or take a smaller --model or --sequence-length"
+    advice = "leave --micro-batch-size out, or take a smaller --model or --sequence-length"
     # The first process writes for all; an evaluation alone writes nothing.
     writes = not config.eval_only and os.environ.get("RANK", "0") == "0"
-    with files.one_line_errors("train.py", less, speaks), files.locked(Path(config.out)) if writes else nullcontext():
+    with prep.one_line_errors("train.py", advice, speaks), prep.locked(Path(config.out)) if writes else nullcontext():
         code = train(config, given)
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -736,4 +739,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    files.run(main)
+    prep.run(main)
