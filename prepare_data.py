@@ -391,12 +391,10 @@ def model_directory(name_or_dir: str | Path) -> Path:
     """The directory of a model given by path or by name; OpenAI's models are fetched at their first use, by one process
     for all. Raises FileNotFoundError when there is no such model, ValueError when it is damaged, OSError when it cannot
     be fetched."""
-    directory, names = Path(name_or_dir), ("config.json", "model.safetensors")
+    directory, names = Path(name_or_dir), ("model.safetensors", "config.json")
     if not all((directory / name).is_file() for name in names):
         if str(name_or_dir) not in OPENAI_MODELS:
-            missing = (
-                f"there is no {' and no '.join(names)} in it" if directory.is_dir() else "there is no such directory"
-            )
+            missing = f"it has no {' and '.join(names)}" if directory.is_dir() else "there is no such directory"
             known = ", ".join(OPENAI_MODELS)
             raise FileNotFoundError(f"{name_or_dir} is not a model: {missing}, nor is it one of {known}")
         directory = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gpt2" / name_or_dir

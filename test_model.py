@@ -335,7 +335,10 @@ def greedy_without_cache(model: GPT, tokens: torch.Tensor, count: int) -> torch.
 def test_law_4_cache_changes_no_token(batch: int, prompt: int, how: dict[str, bool]) -> None:
     model = random_model()
     tokens = torch.randint(61, (batch, prompt))
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     cached = torch.stack(list(generate(model, tokens, 60, temperature=0, **how)), dim=1)  # three times past the context
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == len(how)  # one for all positions
     assert torch.equal(cached, greedy_without_cache(model, tokens, 60))
     assert len(cached.unique()) > 5
 
