@@ -35,7 +35,7 @@ import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
@@ -76,28 +76,27 @@ def run(main: Callable[[], None]) -> None:
 
 
 @contextmanager
-def one_line_errors(
-    script: str, memory_advice: str = "", speaks: Callable[[Exception], bool] = lambda error: True
-) -> Iterator[None]:
-    """Turn an error that the user can fix into one line on standard error, if the process `speaks`, and exit status 1.
-    `memory_advice` says how to use less memory."""
+def one_line_errors(script: str, memory_advice: str) -> Iterator[None]:
+    """Turn an error that the user can fix into one line on standard error, and exit status 1. `memory_advice` says how
+    to use less memory."""
     try:
         yield
     except BrokenPipeError:  # the reader has closed the pipe
         sys.exit(0)
-    except (ValueError, OSError, FloatingPointError, ModuleNotFoundError, RuntimeError) as error:
+    except (ValueError, OSError, FloatingPointError, MemoryError, ModuleNotFoundError, RuntimeError) as error:
         problem = " ".join(str(error).split())
         if isinstance(error, ModuleNotFoundError):
             problem += f"; pip install {error.name}"
-        elif memory_advice and ("out of memory" in problem or "can't allocate memory" in problem):
+        elif isinstance(error, MemoryError) or "out of memory" in problem or "can't allocate memory" in problem:
             problem = f"out of memory; {memory_advice}"
         elif type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):  # no C compiler, for one
             problem = f"the model could not be compiled ({problem}); leave --compile out, or give --no-compile"
+        elif isinstance(error, RuntimeError) and ("gloo" in problem or "NCCL" in problem):
+            problem = f"the connection to another process of the run is lost ({problem})"
         elif isinstance(error, RuntimeError):
             raise
         status("")
-        if speaks(error):
-            sys.stderr.write(f"{script}: error: {problem}\n")  # at once: other ranks may write too
+        sys.stderr.write(f"{script}: error: {problem}\n")  # at once: other ranks may write too
         sys.exit(1)
 
 
@@ -120,9 +119,16 @@ def status(text: str) -> None:
 
 def in_background(function: Callable, items: Iterable[Any], threads: int, ahead: int) -> Iterator[Any]:
     """function(item) for each item, in order, computed by `threads` threads up to `ahead` items in advance."""
-    pool, pending = ThreadPoolExecutor(threads), deque()
-    for item in items:
-        pending.append(pool.submit(function, item))
+    pool, pending, items = ThreadPoolExecutor(threads), deque(), iter(items)
+    while True:
+        future = Future()
+        try:
+            future = pool.submit(function, next(items))
+        except StopIteration:
+            break
+        except Exception as error:  # to be raised in its turn, after the results before it
+            future.set_exception(error)
+        pending.append(future)
         if len(pending) > ahead:
             yield pending.popleft().result()
     while pending:
@@ -437,7 +443,7 @@ def read_texts(path: Path) -> Iterator[str]:
             (text or "").encode()  # JSON can spell half a character
             yield text or ""
             line += 1
-    except ModuleNotFoundError:
+    except (ModuleNotFoundError, MemoryError):
         raise
     except Exception as error:  # of the file system, zlib, JSON, pyarrow, ...
         where = f", line {line:,}," if ".jsonl" in name else ""
@@ -543,23 +549,33 @@ def read_meta(directory: Path) -> dict:
     return meta
 
 
-def open_split(directory: Path, name: str, sequence_length: int) -> Split:
-    """Find the shards `*name_*.bin`, or llm.c's `*_name.bin`, and check them. Raises FileNotFoundError when there are
-    none, ValueError when they are damaged or too small."""
-    meta = read_meta(directory)
+def find_shards(directory: Path, name: str) -> tuple[list[Path], list[str]]:
+    """The shards `*name_*.bin`, or llm.c's `*_name.bin`, and the sha256 of each. Raises FileNotFoundError when there
+    are none, ValueError when they are not those of meta.json."""
+    promised = read_meta(directory).get(name, {}).get("sha256")
     paths = sorted(directory.glob(f"*{name}_*.bin")) or sorted(directory.glob(f"*_{name}.bin"))
-    if not paths:
+    if not paths and not promised:
         raise FileNotFoundError(f"{directory} has no {name}_*.bin; run prepare_data.py, or give another --data")
-    tokens, sha256 = [read_header(path) for path in paths], [sha256_of(path) for path in paths]
-    promised = meta.get(name, {}).get("sha256", sha256)
-    for path, one, other in itertools.zip_longest(paths, sha256, promised):
+    sha256 = [sha256_of(path) for path in paths]
+    for path, one, other in itertools.zip_longest(paths, sha256, promised or sha256):
         if one != other:
-            raise ValueError(f"{path or directory} is damaged: it does not have the sha256 that meta.json says")
+            problem = "is damaged" if path else f"has lost a {name} shard"
+            raise ValueError(
+                f"{path or directory} {problem}: it is not what meta.json says; prepare it again, elsewhere"
+            )
+    return paths, sha256
+
+
+def open_split(directory: Path, name: str, sequence_length: int) -> Split:
+    """Check the shards of a split, "train" or "val". Raises FileNotFoundError when there are none, ValueError when they
+    are damaged or too small."""
+    paths, sha256 = find_shards(directory, name)
+    tokens = [read_header(path) for path in paths]
     first = np.cumsum([0] + [(count - 1) // sequence_length for count in tokens], dtype=np.int64)
     if first[-1] == 0:
         kind = {"val": "validation", "train": "training"}[name]
         raise ValueError(f"{directory} has too little {kind} data for {sequence_length:,}-token sequences")
-    return Split(paths, tokens, sha256, first, sequence_length, meta["vocab_size"])
+    return Split(paths, tokens, sha256, first, sequence_length, read_meta(directory)["vocab_size"])
 
 
 def read_sequences(split: Split, indices: np.ndarray) -> np.ndarray:
@@ -690,6 +706,8 @@ def prepare(settings: dict, files: list[RawFile], out: Path, workers: int) -> di
     meta = open_meta(settings, files, out)
     if meta["complete"]:
         shutil.rmtree(work, ignore_errors=True)
+        for name in ("val", "train"):
+            find_shards(out, name)
         say(f"{out} is already prepared")
         return meta
     files = files or [RawFile(*file) for file in meta["files"]]
@@ -776,7 +794,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--workers", type=number(int, 1, 1024), default=os.cpu_count(), help="(default: one per core)")
     args = parser.parse_args(argv)
     sources = [args.source] if args.input or args.source else [*EVALUATION_SETS, "fineweb-edu"]
-    with one_line_errors("prepare_data.py"):
+    if args.out == "":
+        parser.error("--out must name a directory")
+    with one_line_errors("prepare_data.py", "take fewer --workers"):
         for source in sources[-1:] if args.out else sources:
             prepare_source(source, args)
 

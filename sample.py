@@ -73,6 +73,7 @@ def sample(args: argparse.Namespace) -> None:
     print(f"{directory}: {gpt.parameter_count(model):,} parameters, {device}", file=sys.stderr)
     generator = torch.Generator(device).manual_seed(args.seed)
     for prompt in read_prompts(args):
+        prompt.encode()  # raises ValueError for what was not valid UTF-8
         tokens = tokenizer.encode(prompt, allowed_special="all") or [tokenizer.eot_token]  # with none, a new document
         if len(tokens) > model.config.block_size:
             problem = f"the prompt has {len(tokens)} tokens, more than the model's context of {model.config.block_size}"

@@ -695,6 +695,17 @@ def test_a_finished_directory_is_left_alone_and_other_settings_are_refused(tmp_p
     (tmp_path / "foreign" / "train_000000.bin").write_bytes(b"not ours")
     message = refusal(prepare_data.main, capsys, "--out", tmp_path / "foreign", *same)
     assert "not prepared by this script" in message
+    prepare_data.write_json(tmp_path / "foreign" / "meta.json", {"tokenizer": "byte"})  # of another version, say
+    message = refusal(prepare_data.main, capsys, "--out", tmp_path / "foreign", *same)
+    assert "prepared with other settings" in message
+    assert (tmp_path / "foreign" / "train_000000.bin").read_bytes() == b"not ours"
+    (tmp_path / "out" / "train_000000.bin").unlink()
+    assert "out has lost a train shard" in refusal(
+        prepare_data.main, capsys, "--out", tmp_path / "out", *same, "--max-tokens", "50k"
+    )
+    # A bad line after all that is needed is not met, however far the threads read ahead.
+    (tmp_path / "late.jsonl").write_bytes(source.read_bytes() * 5 + b"{")
+    prepare(tmp_path / "late", "--input", tmp_path / "late.jsonl", "--max-tokens", "50k", "--workers", 8)
 
 
 def test_bad_text_is_named_in_one_line(tmp_path: Path, capsys: Capture) -> None:

@@ -585,7 +585,8 @@ def train(config: TrainConfig, given: dict[str, Any] | None = None) -> int:
         for size, figures in PUBLISHED.items():
             if MODEL_SIZES[size] == replace(model.config, dropout=0.0):
                 say(f"published for {size}: {figures}")
-        say(json.dumps(entry))
+        if main_process:
+            print(json.dumps(entry), flush=True)  # the result: not to be dropped when it cannot be written
         return 0
 
     # The optimizer, and what a checkpoint says of it
@@ -724,14 +725,10 @@ def main(argv: list[str] | None = None) -> None:
     except ValueError as error:
         parser.error(str(error))
 
-    def speaks(error: Exception) -> bool:  # an error that all processes have is told by one per machine
-        shared = not dist.is_initialized() or isinstance(error, FloatingPointError)
-        return os.environ.get("LOCAL_RANK", "0") == "0" or not shared
-
     advice = "leave --micro-batch-size out, or take a smaller --model or --sequence-length"
     # The first process writes for all; an evaluation alone writes nothing.
     writes = not config.eval_only and os.environ.get("RANK", "0") == "0"
-    with prep.one_line_errors("train.py", advice, speaks), prep.locked(Path(config.out)) if writes else nullcontext():
+    with prep.one_line_errors("train.py", advice), prep.locked(Path(config.out)) if writes else nullcontext():
         code = train(config, given)
     if dist.is_initialized():
         dist.destroy_process_group()
