@@ -581,12 +581,11 @@ def train(config: TrainConfig, given: dict[str, Any] | None = None) -> int:
         measure = partial(evaluate, model, torch.compile(model.score) if compiles else None, sets, job, autocast)
     if config.eval_only:
         entry = {"evaluated": str(source)} | measure()
-        say(describe(entry))
-        for size, figures in PUBLISHED.items():
-            if MODEL_SIZES[size] == replace(model.config, dropout=0.0):
-                say(f"published for {size}: {figures}")
+        same = [size for size in PUBLISHED if MODEL_SIZES[size] == replace(model.config, dropout=0.0)]
+        lines = [describe(entry), *(f"published for {size}: {PUBLISHED[size]}" for size in same), json.dumps(entry)]
+        status("")
         if main_process:
-            print(json.dumps(entry), flush=True)  # the result: not to be dropped when it cannot be written
+            print("\n".join(lines), flush=True)  # the result, which say() would drop when it cannot be written
         return 0
 
     # The optimizer, and what a checkpoint says of it
