@@ -560,9 +560,7 @@ def find_shards(directory: Path, name: str) -> tuple[list[Path], list[str]]:
     for path, one, other in itertools.zip_longest(paths, sha256, promised or sha256):
         if one != other:
             problem = "is damaged" if path else f"has lost a {name} shard"
-            raise ValueError(
-                f"{path or directory} {problem}: it is not what meta.json says; prepare it again, elsewhere"
-            )
+            raise ValueError(f"{path or directory} {problem}: it is not what meta.json says; prepare it elsewhere")
     return paths, sha256
 
 
