@@ -218,8 +218,8 @@ class GPT(nn.Module):
         block_size.
 
         With a `cache`, the tokens are at `positions`, (T,) int64; their keys and values are written there, and they
-        attend to the places of the cache where `mask`, (T, its length), is true. Without a mask, either
-        all tokens of the cache are new or only the last is.
+        attend to the places of the cache where `mask`, (T, its length), is true. Without a mask, either all tokens of
+        the cache are new or only the last is.
         """
         T, block_size = tokens.size(1), self.config.block_size
         if block_size < T:

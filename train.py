@@ -14,7 +14,7 @@ on the seed and s alone, so a run can be resumed, or cut over another number of 
 import signal
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the process at once, without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until the loop, Ctrl-C ends the process at once
 
 import argparse
 import json
@@ -279,8 +279,8 @@ def save_checkpoint(out: Path, step: int, model: GPT, trainer: dict, tokenizer: 
 
 def find_source(config: TrainConfig) -> tuple[Path | None, bool]:
     """Where the weights come from (None: a new model), and whether the run resumes there. Damaged checkpoints are named
-    and passed over. Raises FileExistsError for a run that is there and not to be resumed, FileNotFoundError
-    for weights that are not there, ValueError for damaged ones."""
+    and passed over. Raises FileExistsError for a run that is there and not to be resumed, FileNotFoundError for weights
+    that are not there, ValueError for damaged ones."""
     out, found = Path(config.out), prep.checkpoints(Path(config.out))
     log = out / "metrics.jsonl"
     begun = found or (log.exists() and b"train_loss" in log.read_bytes())
@@ -612,9 +612,9 @@ def train(config: TrainConfig, given: dict[str, Any] | None = None) -> int:
         # A warm-up pass: the first update's rate then leaves compiling out, and DistributedDataParallel, which reorders
         # its sums after its first backward, has already done so when a run resumes.
         status("compiling" if compiles else "connecting")
-        nothing = torch.zeros(config.micro_batch_size, T, dtype=torch.int64, device=device)
+        zeros = torch.zeros(config.micro_batch_size, T, dtype=torch.int64, device=device)
         with autocast:
-            runner(nothing, nothing.clone()).backward()  # two tensors, as in an update: else it is compiled again
+            runner(zeros, zeros.clone()).backward()  # two tensors, as in an update: else it is compiled again
         optimizer.zero_grad(set_to_none=True)
 
     # The log
