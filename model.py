@@ -13,8 +13,9 @@ for GPT-2, `model.safetensors` and `config.json`; `transformers.GPT2LMHeadModel.
 import itertools
 import json
 import math
-from collections.abc import Iterator
-from dataclasses import astuple, dataclass, replace
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -64,22 +65,9 @@ KV = tuple[Tensor, Tensor]  # keys and values, (B, n_head, positions, head size)
 KVCache = list[KV]  # of each layer
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """
-    `F.linear`, (..., in) to (..., out), faster on a CPU for the few rows of generation: computed as W x^T, and a single
-    row twice, because BLAS may run a matrix-vector product on one thread.
-    """
-    rows = x.numel() // x.size(-1)
-    if torch.is_grad_enabled() or rows > 8 or x.device.type != "cpu" or x.dtype != torch.float32:
-        return F.linear(x, weight, bias)
-    columns = x.reshape(rows, -1).repeat(2 if rows == 1 else 1, 1).t()  # (in, columns)
-    y = weight @ columns if bias is None else torch.addmm(bias[:, None], weight, columns)  # (out, columns)
-    return y[:, :rows].t().contiguous().view(*x.shape[:-1], -1)
-
-
 class Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight, self.bias)
+        return linear(x, self.weight, self.bias)  # below, with generation, which it makes faster
 
 
 class CausalSelfAttention(nn.Module):
@@ -128,51 +116,8 @@ class Block(nn.Module):
         return x + self.mlp(self.ln_2(x))
 
 
-class LinearCrossEntropy(torch.autograd.Function):
-    """
-    The mean cross-entropy of the logits x W^T over the targets that are not -1, a float32 scalar. The logits, which for
-    a micro-batch would be the largest thing in memory, exist for a few rows at a time: their gradient is taken in the
-    forward pass and used at once. (Buffers are reused: on a CPU, new memory is slow.)
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, dtype: torch.dtype) -> Tensor:
-        """(N, C), (V, C) of which the first vocab_size rows count, (N,) int64; products are taken in `dtype`."""
-        w, total, count = weight.to(dtype), torch.zeros((), device=x.device), (targets >= 0).sum()
-        x_grad, weight_grad = torch.empty_like(x), torch.zeros_like(weight)
-        size = rows_at_a_time(x)
-        buffer = torch.empty(min(size, len(x)), len(w), dtype=dtype, device=x.device)
-        for start in range(0, len(x), size):
-            rows = slice(start, start + size)
-            target, scored = targets[rows, None].clamp(min=0), targets[rows, None] >= 0
-            x_rows = x[rows].to(dtype) * scored
-            logits = torch.mm(x_rows, w.t(), out=buffer[: len(x_rows)]).float()
-            logits[:, vocab_size:] = -math.inf
-            picked, top = logits.gather(1, target), logits.amax(dim=1, keepdim=True)
-            probs = torch.softmax(logits, dim=1, out=logits)
-            log_sum = top - probs.amax(dim=1, keepdim=True).log()  # log-sum-exp of each row
-            total += ((log_sum - picked) * scored).sum()
-            # The gradient: the softmax, minus one at the target. When compiled, no float32 logits are stored.
-            grad = probs.to(dtype).scatter_(1, target, ((picked - log_sum).exp() - 1).to(dtype))
-            x_grad[rows] = (grad @ w) * scored
-            if dtype == weight.dtype:
-                torch.addmm(weight_grad, grad.t(), x_rows, out=weight_grad)
-            else:
-                weight_grad += grad.t() @ x_rows
-        ctx.save_for_backward(x_grad, weight_grad, count)
-        return total / count
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple:
-        x_grad, weight_grad, count = ctx.saved_tensors
-        return x_grad.mul_(grad / count), weight_grad.mul_(grad / count), None, None, None
-
-
-def rows_at_a_time(x: Tensor) -> int:
-    """Rows of logits per pass: many on a GPU for speed, few on a CPU so that their memory is used again; compiled code,
-    which unrolls the loop, gets at most 16 parts."""
-    size = 8192 if x.device.type == "cuda" else 256
-    return max(size, math.ceil(len(x) / 16)) if torch.compiler.is_compiling() else size
+# The logits of a micro-batch would be the largest thing in memory; by rows, only those of 512 tokens exist at a time.
+LOSS_BY_ROWS = nn.LinearCrossEntropyOptions(chunking_method=None, batch_chunk_size=512)
 
 
 class GPT(nn.Module):
@@ -217,9 +162,9 @@ class GPT(nn.Module):
         The trunk: (B, T) tokens to (B, T, C), normalized for the output matrix. Raises ValueError when T is past
         block_size.
 
-        With a `cache`, the tokens are at `positions`, (T,) int64; their keys and values are written there, and they
-        attend to the places of the cache where `mask`, (T, its length), is true. Without a mask, either all tokens of
-        the cache are new or only the last is.
+        With a `cache`, keys and values are written at `positions` (T,), int64, and each token attends to the cache
+        entries where `mask` (T, cache length) is true. Without a mask, the tokens fill the whole cache (prefill) or are
+        its last one (decode).
         """
         T, block_size = tokens.size(1), self.config.block_size
         if block_size < T:
@@ -242,27 +187,28 @@ class GPT(nn.Module):
         x = self.hidden(tokens)
         if targets is None:
             return self.logits(x)
-        kind, weight = x.device.type, self.transformer.wte.weight
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-        loss = LinearCrossEntropy.apply
-        if torch.compiler.is_compiling() and kind == "cpu":  # whose compiled code is slower here
-            loss = torch.compiler.disable(loss)
-        return loss(x.flatten(0, 1), weight, targets.flatten(), self.config.vocab_size, dtype)
+        weight, kind = self.transformer.wte.weight, x.device.type
+        bias = torch.zeros(len(weight), device=x.device)
+        bias[self.config.vocab_size :] = -math.inf  # keeps the padding rows out of the softmax
+        # By rows pays in float32 on a CPU, uncompiled. Compiled, the plain form is fused and as fast; and in half
+        # precision, by rows would round the loss itself.
+        plain = kind != "cpu" or torch.compiler.is_compiling() or torch.is_autocast_enabled(kind)
+        options = None if plain else LOSS_BY_ROWS
+        return F.linear_cross_entropy(
+            x.flatten(0, 1), weight, targets.flatten(), linear_bias=bias, ignore_index=-1, options=options
+        )
 
-    def score(self, tokens: Tensor, places: Tensor, targets: Tensor) -> Tensor:
+    def score(self, tokens: Tensor, indices: Tensor, targets: Tensor) -> Tensor:
         """
-        How well single tokens are predicted. For (B, T) tokens, N places among them, as flat indices (N,), and the
-        tokens that come next there, (N,) int64: their cross-entropy in nats, and whether each is the most likely one,
-        (2, N) float32. Logits are made for these places alone.
+        Score next-token predictions. `indices` (N,) are flat indices into the (B, T) tokens, `targets` (N,) int64 the
+        tokens that follow. Returns (2, N) float32: the loss in nats, and 1 where the target is the most likely token.
         """
-        x, results = self.hidden(tokens).flatten(0, 1)[places], []
-        size, weight = rows_at_a_time(x), self.transformer.wte.weight[: self.config.vocab_size]
-        weight = weight - weight.mean(dim=0)  # softmax ignores a shift, and bfloat16 rounds smaller logits less
-        for rows, target in zip(x.split(size), targets.split(size), strict=True):
-            logits = F.linear(rows, weight).float()
-            losses = F.cross_entropy(logits, target, reduction="none")
-            results.append(torch.stack((losses, (logits.argmax(dim=1) == target).float())))
-        return torch.cat(results, dim=1)
+        x, vocab_size = self.hidden(tokens).flatten(0, 1)[indices], self.config.vocab_size
+        weight = self.transformer.wte.weight
+        weight = weight - weight[:vocab_size].mean(dim=0)  # softmax ignores a shift; bfloat16 rounds small logits less
+        logits = F.linear(x, weight)[:, :vocab_size].float()
+        losses = F.cross_entropy(logits, targets, reduction="none")
+        return torch.stack((losses, (logits.argmax(dim=1) == targets).float()))
 
 
 @torch.no_grad()
@@ -320,15 +266,18 @@ def choose_device(name: str) -> torch.device:
     here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     kind = next(kind for kind in here if here[kind]) if name == "auto" else name
     if not here[kind]:
-        raise ValueError(f"--device {kind}: this machine, or this build of PyTorch, has none")
+        raise ValueError(f"--device {kind} is not available on this machine or in this build of PyTorch")
     return torch.device(kind)
 
 
-def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    """One of DTYPES for matrix products; "auto" is bfloat16 on CUDA, float16 on cards too old for it, else float32.
-    Raises ValueError for float16 on another device than CUDA."""
+def choose_dtype(name: str, device: torch.device, training: bool = False) -> torch.dtype:
+    """One of DTYPES for matrix products. "auto" is bfloat16 on CUDA (float16 on cards too old for it) and, in training,
+    on x86 CPUs with instructions for it; else float32. Raises ValueError for float16 anywhere but on CUDA."""
     if name == "auto" and device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    if name == "auto" and device.type == "cpu" and training:
+        has = torch.cpu.get_capabilities()
+        return torch.bfloat16 if has.get("avx512_bf16") or has.get("amx_bf16") else torch.float32
     if name == "float16" and device.type != "cuda":
         raise ValueError("--dtype float16 needs a CUDA device; choose float32 or bfloat16")
     return torch.float32 if name == "auto" else getattr(torch, name)
@@ -350,7 +299,7 @@ def peak_flops(name: str, dtype: torch.dtype) -> float | None:
     return PEAK_TFLOPS[name][dtype == torch.float32] * 1e12 if name in PEAK_TFLOPS else None
 
 
-# The weights file
+# A model is a directory
 
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")  # (in, out) in files
 # What a config.json may say besides the sizes. Another value would mean another computation than GPT-2's.
@@ -364,7 +313,23 @@ GPT2_SETTINGS = {
     "n_inner": None,
     "tie_word_embeddings": True,
 }
-CONFIG_NAMES = ("n_positions", "vocab_size", "n_layer", "n_head", "n_embd")  # of GPTConfig's fields, in their order
+
+
+def checkpoints(out: Path) -> list[Path]:
+    """The checkpoints of a run, `step_NNNNNN`, oldest first."""
+    found = [path for path in out.glob("step_*") if path.name[5:].isdecimal()]  # one that ends in .tmp is not whole
+    return sorted(found, key=lambda path: int(path.name[5:]))
+
+
+def newest_checkpoint(out: Path, intact: Callable[[Path], bool]) -> Path | None:
+    """The newest checkpoint of a run that is `intact`; None if there is none."""
+    return next(filter(intact, reversed(checkpoints(out))), None)
+
+
+def newest_run(directory: Path) -> Path:
+    """The run that was written to last: in `directory` or one directory below. `directory` itself if there is none."""
+    runs = [run for run in (directory, *directory.glob("*/")) if checkpoints(run)]
+    return max(runs, key=lambda run: run.stat().st_mtime, default=directory)
 
 
 def save_model(model: GPT, directory: str | Path, tokenizer: str = "gpt2") -> None:
@@ -372,23 +337,29 @@ def save_model(model: GPT, directory: str | Path, tokenizer: str = "gpt2") -> No
     Write `model.safetensors` (float32, linear weights as (in, out) like OpenAI's release, no padding rows) and
     `config.json` to `directory`, which is made if need be. `tokenizer` is the name that `read_config` gives back.
     """
-    directory = Path(directory)
+    directory, config, tensors = Path(directory), model.config, {}
     directory.mkdir(parents=True, exist_ok=True)
-    config = model.config
-    tensors = {}
     for name, tensor in model.state_dict().items():
         if name == "transformer.wte.weight":
             tensor = tensor[: config.vocab_size]
         tensor = tensor.t() if name.endswith(TRANSPOSED) else tensor
         tensors[name] = tensor.to("cpu", torch.float32).contiguous()
+    described = GPT2_SETTINGS | {
+        "architectures": ["GPT2LMHeadModel"],
+        "tokenizer": tokenizer,
+        "n_positions": config.block_size,
+        "n_ctx": config.block_size,  # for llama.cpp
+        "vocab_size": config.vocab_size,
+        "n_layer": config.n_layer,
+        "n_head": config.n_head,
+        "n_embd": config.n_embd,
+        **dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), config.dropout),
+        **dict.fromkeys(("bos_token_id", "eos_token_id"), config.vocab_size - 1),  # <|endoftext|>, the last token
+    }
     # transformers reads the metadata's "format" and refuses a file without it.
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
-    sizes = dict(zip(CONFIG_NAMES, astuple(config), strict=False))
-    dropout = dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), config.dropout)
-    ends = dict.fromkeys(("bos_token_id", "eos_token_id"), config.vocab_size - 1)  # <|endoftext|> is the last token
-    names = {"architectures": ["GPT2LMHeadModel"], "tokenizer": tokenizer, "n_ctx": config.block_size}  # for llama.cpp
-    described = GPT2_SETTINGS | sizes | dropout | ends | names
     (directory / "config.json").write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
+    shutil.copymode(directory / "config.json", directory / "model.safetensors")  # which safetensors makes private
 
 
 def read_config(directory: str | Path) -> tuple[GPTConfig, str]:
@@ -396,9 +367,9 @@ def read_config(directory: str | Path) -> tuple[GPTConfig, str]:
     ValueError when config.json is damaged or asks for another computation than GPT-2's."""
     path = Path(directory) / "config.json"
     try:
-        described = json.loads(path.read_text(encoding="utf-8"))
-        settings = {"model_type": None} | described
-        config = GPTConfig(*(described[name] for name in CONFIG_NAMES))
+        settings = {"model_type": None} | json.loads(path.read_text(encoding="utf-8"))
+        sizes = ("n_positions", "vocab_size", "n_layer", "n_head", "n_embd")  # GPTConfig's first five, in its order
+        config = GPTConfig(*(settings[name] for name in sizes))
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{path} does not describe a GPT-2: {error!r}") from error
     for name, wanted in GPT2_SETTINGS.items():
@@ -431,14 +402,27 @@ def load_model(directory: str | Path, dropout: float = 0.0) -> GPT:
             tensor = F.pad(tensor, (0, 0, 0, parameter.size(0) - config.vocab_size))
         if tensor.shape != parameter.shape:
             raise ValueError(f"{path}: {name} is {tuple(tensor.shape)}, not as in config.json")
-        if not tensor.isfinite().all():
-            raise ValueError(f"{path}: {name} holds numbers that are not finite")
+        if not tensor.is_floating_point() or not tensor.isfinite().all():
+            raise ValueError(f"{path}: {name} contains NaN, infinity or no floating-point numbers at all")
         state[name] = tensor.to(torch.float32).contiguous()
     model.load_state_dict(state, assign=True)
     return model.requires_grad_(True).eval()
 
 
 # Generation
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """
+    `F.linear`, faster for the few rows of CPU generation: W x^T, with a single row repeated, since BLAS may run a
+    matrix-vector product on one thread. (..., in) to (..., out).
+    """
+    rows = x.numel() // x.size(-1)
+    if torch.is_grad_enabled() or rows > 8 or x.device.type != "cpu" or x.dtype != torch.float32:
+        return F.linear(x, weight, bias)
+    columns = x.reshape(rows, -1).repeat(2 if rows == 1 else 1, 1).t()  # (in, columns)
+    y = weight @ columns if bias is None else torch.addmm(bias[:, None], weight, columns)  # (out, columns)
+    return y[:, :rows].t().contiguous().view(*x.shape[:-1], -1)
 
 
 def probabilities(logits: Tensor, temperature: float, top_k: int | None, top_p: float | None) -> tuple[Tensor, Tensor]:
@@ -472,8 +456,8 @@ def sample_token(
     return tokens.gather(-1, drawn).squeeze(-1)
 
 
-def next_logits(model: GPT, tokens: Tensor, positions: Tensor, cache: KVCache, mask: Tensor | None) -> Tensor:
-    """The logits (B, V) after (B, T) tokens at `positions`, (T,) int64, of a context whose earlier ones are cached."""
+def next_logits(model: GPT, tokens: Tensor, positions: Tensor, cache: KVCache, mask: Tensor | None = None) -> Tensor:
+    """The logits (B, V) of the token after (B, T) tokens at `positions` (T,), given the cached ones before them."""
     return model.logits(model.hidden(tokens, cache, positions, mask)[:, -1])
 
 
@@ -490,13 +474,14 @@ def generate(
     compiled: bool = False,
 ) -> Iterator[Tensor]:
     """
-    Continue a batch of prompts of one length: from (B, T) tokens, yield `max_new_tokens` times the next (B,) int64.
+    Continue a batch of prompts of one length: from (B, T) tokens, yield the next (B,) int64 up to `max_new_tokens`
+    times.
 
-    The keys and values of all that was read are kept in a preallocated cache, so that a token costs one pass over the
-    weights. When the context is full, the last half of it becomes the new context. A row that has drawn `stop_token`
-    continues with `stop_token`; when all rows have, the generation ends. `generator` (on the model's device) makes the
-    draws reproducible. `compiled` compiles the pass that decodes a token. The model should be in eval mode. Raises
-    ValueError for an empty prompt, one longer than the context, or a setting out of range.
+    Keys and values are kept in a preallocated cache, so that a token costs one pass over the weights. When the context
+    is full, its last half becomes the new context. A row that has drawn `stop_token` repeats it; when all rows have,
+    generation ends. `generator` (on the model's device) makes the draws reproducible. `compiled` compiles decoding.
+    The model should be in eval mode. Raises ValueError for an empty prompt, one longer than the context, or a setting
+    out of range.
     """
     config, weight, T = model.config, model.transformer.wte.weight, tokens.size(1)
     if not 1 <= T <= config.block_size:
@@ -504,22 +489,24 @@ def generate(
     if not (0 <= temperature < math.inf and (top_k is None or top_k >= 1) and (top_p is None or 0 < top_p <= 1)):
         raise ValueError("temperature must be at least 0, top_k at least 1, and top_p above 0 and at most 1")
     shape = (len(tokens), config.n_head, config.block_size, config.n_embd // config.n_head)
-    cache, start = [(weight.new_zeros(shape), weight.new_zeros(shape)) for _ in range(config.n_layer)], 0
-    for stored in itertools.chain(*cache) if compiled else ():  # which CUDA graphs may then write to
-        torch._dynamo.mark_static_address(stored)
-    mode = "reduce-overhead" if tokens.device.type == "cuda" else None
-    decode = torch.compile(next_logits, mode=mode) if compiled else next_logits
-    places, finished = torch.arange(config.block_size, device=tokens.device), torch.zeros_like(tokens[:, 0]).bool()
+    cache = [(weight.new_zeros(shape), weight.new_zeros(shape)) for _ in range(config.n_layer)]
+    positions, decode = torch.arange(config.block_size, device=tokens.device), next_logits
+    if compiled:
+        decode = torch.compile(next_logits, mode="reduce-overhead" if tokens.device.type == "cuda" else None)
+        for stored in itertools.chain(*cache):
+            torch._dynamo.mark_static_address(stored)  # so that CUDA graphs may write to it
+
+    window, cached, token = tokens, False, tokens[:, -1]  # the context, and whether all but its last token are cached
+    finished = torch.zeros_like(token, dtype=torch.bool)
     for _ in range(max_new_tokens):
-        T = tokens.size(1)
-        # A copy, even of one token of one row: the stride of a view would grow, and each step be compiled anew.
-        new = tokens[:, start:].clone(memory_format=torch.contiguous_format)
-        positions, seen, mask = places[start:T], cache, None
-        if compiled:  # all sizes stay the same
-            mask = places <= positions[:, None]
+        T = window.size(1)
+        filled = [(k[:, :, :T], v[:, :, :T]) for k, v in cache]
+        if not cached:  # prefill: read the whole window
+            logits = next_logits(model, window, positions[:T], filled)
+        elif compiled:  # decode the newest token; all sizes stay the same
+            logits = decode(model, token[:, None], positions[T - 1 : T], cache, (positions < T)[None])
         else:
-            seen = [(k[:, :, :T], v[:, :, :T]) for k, v in cache]
-        logits = (decode if start else next_logits)(model, new, positions, seen, mask)
+            logits = decode(model, token[:, None], positions[T - 1 : T], filled)
         token = sample_token(logits, temperature, top_k, top_p, generator)
         if stop_token is not None:
             token = token.masked_fill(finished, stop_token)
@@ -527,6 +514,5 @@ def generate(
         yield token
         if stop_token is not None and finished.all():
             return
-        start, tokens = T, torch.cat((tokens, token[:, None]), dim=1)
-        if start == config.block_size:
-            start, tokens = 0, tokens[:, -(config.block_size // 2 + 1) :]
+        cached = config.block_size > T
+        window = torch.cat((window if cached else window[:, T - T // 2 :], token[:, None]), dim=1)

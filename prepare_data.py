@@ -1,5 +1,5 @@
 """
-Downloads, and the files made from them: text to token shards in `data/NAME`, evaluation sets, OpenAI's weights.
+Download text and turn it into token shards in `data/NAME`; also fetch evaluation sets and OpenAI's weights.
 
     python prepare_data.py                                    # FineWeb-Edu, 10B tokens, and the evaluation sets
     python prepare_data.py --source demo                      # Python's own manual, without network: data/demo
@@ -8,15 +8,10 @@ Downloads, and the files made from them: text to token shards in `data/NAME`, ev
 The corpus is one stream of tokens, each document preceded by an `<|endoftext|>`: the first --val-tokens of it are the
 validation split, the rest is for training, both cut into shards `val_000000.bin`, `train_000000.bin`, ... A shard is
 llm.c's: 256 int32 of header (20240520, 1, the number of tokens, zeros), then uint16 tokens, all little endian.
-`meta.json` holds the tokenizer, what each split contains, with a sha256 of each shard, and how far the shards reach, so
-that the same command continues an interrupted preparation and writes identical bytes. The evaluation sets, HellaSwag
-and LAMBADA, stay as they are published.
+`meta.json` holds the tokenizer, what each split contains, and how far the shards reach, so that the same command
+continues an interrupted preparation and writes identical bytes; `SHA256SUMS` covers it and the shards. The evaluation
+sets, HellaSwag and LAMBADA, stay as they are published.
 """
-
-import signal
-
-if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the process at once, without a traceback
 
 import argparse
 import fcntl
@@ -24,7 +19,6 @@ import gzip
 import hashlib
 import itertools
 import json
-import math
 import os
 import re
 import shlex
@@ -32,9 +26,8 @@ import shutil
 import sys
 import threading
 import time
-import traceback
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import cache
@@ -44,199 +37,18 @@ from typing import Any, NamedTuple
 import numpy as np
 import requests
 import tiktoken
+from requests.adapters import HTTPAdapter
+from urllib3.exceptions import HTTPError
+from urllib3.util import Retry
 
 HUB_DATASETS = {"fineweb-edu": "HuggingFaceFW/fineweb-edu", "fineweb": "HuggingFaceFW/fineweb"}
 OPENAI_MODELS = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
+MODEL_FILES = ("model.safetensors", "config.json")
 VOCAB_SIZES = {"gpt2": 50257, "byte": 257}  # of the tokenizers
-TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer_config.json")
 FORMATS = (".txt", ".jsonl", ".jsonl.gz", ".parquet")
 SHARD_MAGIC, SHARD_VERSION, HEADER_BYTES = 20240520, 1, 1024
-DOWNLOAD_ATTEMPTS = 8  # in a row without progress
 
-# What the scripts have in common
-
-
-def run(main: Callable[[], None]) -> None:
-    """Run a script's main function, and end the process without waiting for its threads or for other ranks."""
-    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
-        if getattr(sys, name) is None:  # closed, and the next file to be opened would take its place
-            setattr(sys, name, open(os.devnull, mode))
-    sys.stdout.reconfigure(errors="replace")
-    code = 0
-    try:
-        main()
-    except SystemExit as ending:
-        code = ending.code
-    except Exception:
-        traceback.print_exc()
-        code = 1
-    with suppress(OSError):
-        sys.stdout.flush()
-    os._exit(code)
-
-
-@contextmanager
-def one_line_errors(script: str, memory_advice: str) -> Iterator[None]:
-    """Turn an error that the user can fix into one line on standard error, and exit status 1. `memory_advice` says how
-    to use less memory."""
-    try:
-        yield
-    except BrokenPipeError:  # the reader has closed the pipe
-        sys.exit(0)
-    except (ValueError, OSError, FloatingPointError, MemoryError, ModuleNotFoundError, RuntimeError) as error:
-        problem = " ".join(str(error).split())
-        if isinstance(error, ModuleNotFoundError):
-            problem += f"; pip install {error.name}"
-        elif isinstance(error, MemoryError) or "out of memory" in problem or "can't allocate memory" in problem:
-            problem = f"out of memory; {memory_advice}"
-        elif type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):  # no C compiler, for one
-            problem = f"the model could not be compiled ({problem}); leave --compile out, or give --no-compile"
-        elif isinstance(error, RuntimeError) and ("gloo" in problem or "NCCL" in problem):
-            problem = f"the connection to another process of the run is lost ({problem})"
-        elif isinstance(error, RuntimeError):
-            raise
-        status("")
-        sys.stderr.write(f"{script}: error: {problem}\n")  # at once: other ranks may write too
-        sys.exit(1)
-
-
-def say(text: str) -> None:
-    """Print a line on rank 0, in place of the status. If the reader has closed the pipe, the line is dropped, and the
-    run continues."""
-    status("")
-    try:
-        if os.environ.get("RANK", "0") == "0":
-            print(text, flush=True)
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-
-
-def status(text: str) -> None:
-    """Show `text` on the last line of a terminal until the next line or status replaces it."""
-    if sys.stderr.isatty() and os.environ.get("RANK", "0") == "0":
-        print(f"\r{text[: shutil.get_terminal_size().columns - 1]}\x1b[K", end="", file=sys.stderr, flush=True)
-
-
-def in_background(function: Callable, items: Iterable[Any], threads: int, ahead: int) -> Iterator[Any]:
-    """function(item) for each item, in order, computed by `threads` threads up to `ahead` items in advance."""
-    pool, pending, items = ThreadPoolExecutor(threads), deque(), iter(items)
-    while True:
-        future = Future()
-        try:
-            future = pool.submit(function, next(items))
-        except StopIteration:
-            break
-        except Exception as error:  # to be raised in its turn, after the results before it
-            future.set_exception(error)
-        pending.append(future)
-        if len(pending) > ahead:
-            yield pending.popleft().result()
-    while pending:
-        yield pending.popleft().result()
-
-
-def number(kind: type, least: float, most: float) -> Callable[[str], Any]:
-    """A parser of command-line values, int or float, in a range: 1000000, 100_000, 500k, 100M or 10B."""
-
-    def parse(text: str) -> Any:
-        scale = {"k": 10**3, "m": 10**6, "b": 10**9}.get(text[-1:].lower())
-        with suppress(ValueError, OverflowError):
-            if least <= (value := kind(float(text[:-1]) * scale) if scale else kind(text)) <= most:
-                return value
-        raise argparse.ArgumentTypeError(f"must be a number from {least:,} to {most:,}, not {text[:40]}")
-
-    return parse
-
-
-# Files that are written whole, by one process, and checked when they are read
-
-
-@contextmanager
-def locked(directory: Path, wait: bool = False) -> Iterator[None]:
-    """Hold the lock of a directory, which is made if need be, so that only one process writes to it. The lock ends with
-    its process, however that ends. If another has it, raises BlockingIOError, or with `wait` waits."""
-    directory.mkdir(parents=True, exist_ok=True)
-    with open(directory / ".lock", "a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError as error:
-            holder = "another process (perhaps a worker that has outlived its torchrun)"
-            raise BlockingIOError(f"{directory} is in use by {holder}; wait, or give another --out") from error
-        except OSError as error:  # a network file system without locks
-            print(f"warning: {directory} cannot be locked ({error}); let only one run write to it", file=sys.stderr)
-        yield
-
-
-def synchronize(path: Path) -> None:
-    """Wait until a file, or the names in a directory, are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
-
-
-def write_atomically(path: Path, pieces: Iterable[Any]) -> None:
-    """Write bytes or arrays so that a crash at any moment leaves the old file or the new one."""
-    part = path.with_name(path.name + ".tmp")
-    with open(part, "wb") as file:
-        file.writelines(pieces)
-    synchronize(part)
-    part.replace(path)
-
-
-def write_json(path: Path, content: dict) -> None:
-    """Write an object with its own checksum, the sha256 of what json.dumps makes of the rest."""
-    content = content | {"checksum": hashlib.sha256(json.dumps(content).encode()).hexdigest()}
-    write_atomically(path, [json.dumps(content, indent=2).encode() + b"\n"])
-
-
-def read_json(path: Path) -> dict:
-    """What write_json wrote. Raises ValueError when it is damaged."""
-    content = read_object(path.read_bytes(), path)
-    checksum = content.pop("checksum", None)
-    if checksum != hashlib.sha256(json.dumps(content).encode()).hexdigest():
-        raise ValueError(f"{path} is damaged: its content is not that of its checksum")
-    return content
-
-
-def read_object(text: str | bytes, where: object) -> dict:
-    """A JSON object. Raises ValueError, naming where the text is from, for anything else."""
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where} is damaged or not JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{where} is damaged: it is not a JSON object")
-    return value
-
-
-def sha256_of(path: Path) -> str:
-    status(f"sha256 of {path}")
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def write_checksums(directory: Path) -> None:
-    """Write `SHA256SUMS` over the files of a directory, as `sha256sum -c` reads it."""
-    files = sorted(path for path in directory.iterdir() if path.name not in (".lock", "SHA256SUMS", "SHA256SUMS.tmp"))
-    write_atomically(directory / "SHA256SUMS", [f"{sha256_of(path)}  {path.name}\n".encode() for path in files])
-
-
-def check_checksums(directory: Path, names: Sequence[str]) -> None:
-    """Compare files with `SHA256SUMS`. Raises ValueError or OSError naming what is damaged or missing."""
-    lines = (directory / "SHA256SUMS").read_text(errors="replace").splitlines()
-    sums = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
-    for name in names:
-        if sha256_of(directory / name) != sums.get(name):
-            raise ValueError(f"{directory / name} is damaged: its sha256 is not the one in SHA256SUMS")
-
-
-def checkpoints(out: Path) -> list[Path]:
-    """The checkpoints of a run, `step_NNNNNN`, oldest first."""
-    found = [path for path in out.glob("step_*") if path.name[5:].isdecimal()]  # a .tmp is not whole yet
-    return sorted(found, key=lambda path: int(path.name[5:]))
-
-
-# The tokenizers
+# Tokenizers
 
 
 @cache
@@ -250,10 +62,10 @@ def get_tokenizer(name: str) -> tiktoken.Encoding:
         return tiktoken.Encoding("byte", pat_str=r"(?s:.{1,512})", mergeable_ranks=ranks, special_tokens=special)
     status("loading GPT-2's tokenizer")
     try:
-        return tiktoken.get_encoding(name)
-    except requests.RequestException as error:
+        return begin(tiktoken.get_encoding, name).result(timeout=120)  # tiktoken itself would wait for ever
+    except (requests.RequestException, TimeoutError) as error:
         problem = f"GPT-2's tokenizer could not be fetched ({type(error).__name__})"
-        raise OSError(f"{problem}; use the byte tokenizer, or set TIKTOKEN_CACHE_DIR to a filled one") from error
+        raise OSError(f"{problem}; use --tokenizer byte, or point TIKTOKEN_CACHE_DIR at a cache that has it") from error
 
 
 @cache
@@ -264,190 +76,56 @@ def token_bytes(tokenizer: tiktoken.Encoding) -> np.ndarray:
     return np.array(sizes, dtype=np.uint16)
 
 
-@cache
-def tokenizer_files(tokenizer: tiktoken.Encoding) -> dict[str, str]:
-    """
-    The text of a tokenizer's files, by name, as OpenAI published GPT-2's and transformers reads them.
-
-    Each byte is spelled as a character: 188 as the one they are in Latin-1, the others, in order, from chr(256) on. The
-    two parts that a token was merged from are what byte-pair encoding reaches just before the last merge.
-    """
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    ordered = printable + [byte for byte in range(256) if byte not in printable]
-    spelling = {byte: chr(byte if i < 188 else 68 + i) for i, byte in enumerate(ordered)}
-    ranks = {tokenizer.decode_single_token_bytes(token): token for token in range(tokenizer.eot_token)}
-    parts_of = []
-    for token in ranks:
-        parts = [bytes([byte]) for byte in token]
-        while len(parts) > 2:
-            merged = [ranks.get(a + b, math.inf) for a, b in itertools.pairwise(parts)]
-            first = merged.index(min(merged))
-            parts[first : first + 2] = [parts[first] + parts[first + 1]]
-        parts_of.append(["".join(spelling[byte] for byte in part) for part in parts])
-    vocab = {"".join(parts): token for token, parts in enumerate(parts_of)} | {"<|endoftext|>": tokenizer.eot_token}
-    special = dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>")
-    merges = ["#version: 0.2", *(" ".join(parts) for parts in parts_of if len(parts) == 2)]
-    config = json.dumps({"tokenizer_class": "GPT2Tokenizer", "add_prefix_space": False} | special)
-    return dict(zip(TOKENIZER_FILES, (json.dumps(vocab), "\n".join(merges) + "\n", config), strict=True))
-
-
-# Downloads
-
-
-class RawFile(NamedTuple):
-    """A file from outside: to be fetched if it has a `url`, else local. Size in bytes, sha256 in hex or empty."""
-
-    name: str
-    size: int
-    sha256: str = ""
-    url: str = ""
-
-
-def hub_address() -> str:
-    return os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
-
-
-def get(url: str, first: int = 0) -> requests.Response:
-    """Ask for a page, or for a file from its byte `first` on. HF_TOKEN is for the hub, and for no other host (requests
-    drops it when a redirect leads to another host). Raises requests.RequestException, for a 4xx or 5xx too."""
-    headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={first}-"} if first else {})
-    if (token := os.environ.get("HF_TOKEN", "").strip()) and url.startswith(hub_address() + "/"):
-        headers["Authorization"] = f"Bearer {token}"
-    response = requests.get(url, headers=headers, stream=True, timeout=(10, 30))
-    response.raise_for_status()
-    return response
-
-
-def wait_or_raise(error: requests.RequestException, name: str, failures: int, most: int) -> None:
-    """Sleep before the next try, after `failures` in a row without progress: as long as the server's Retry-After, else
-    1, 2, 4, ... seconds, at most a minute. Raises OSError when another try is pointless or `most` have failed."""
-    code = 0 if error.response is None else error.response.status_code
-    problem = f"the server answers {code}" if code else type(error).__name__
-    if failures >= most or (400 <= code < 500 and code not in (408, 416, 429)):
-        advice = "set HF_TOKEN to a token with access" if code in (401, 403) else "the same command continues"
-        raise OSError(f"{name} could not be fetched: {problem}; {advice}")
-    status(f"{name}: {problem}; trying again")
-    after = error.response.headers.get("Retry-After", "") if code else ""
-    time.sleep(min(60.0, float(after) if after.isdecimal() else 2.0 ** (failures - 1)))
-
-
-def list_hub(repository: str, folder: str = "") -> list[RawFile]:
-    """The files of a folder of `datasets/OWNER/NAME` or `models/OWNER/NAME` on the hub. Raises OSError."""
-    hub, name = hub_address(), f"list of {repository}{folder}"
-    asked, files, failures = set(), [], 0
-    url, base = f"{hub}/api/{repository}/tree/main{folder}", f"{hub}/{repository.removeprefix('models/')}/resolve/main"
-    while url and url not in asked:
-        try:
-            with get(url) as response:
-                for entry in response.json():
-                    sha256 = str((entry.get("lfs") or {}).get("oid", ""))
-                    files.append(RawFile(str(entry["path"]), int(entry["size"]), sha256, f"{base}/{entry['path']}"))
-                asked.add(url)
-                failures = 0
-                url = response.links.get("next", {}).get("url")
-        except (LookupError, TypeError, AttributeError, ArithmeticError, RecursionError, ValueError) as error:
-            raise OSError(f"the {name} is not as the hub's are: {error!r}") from error
-        except requests.RequestException as error:  # with few tries: whoever has no network should hear of it soon
-            failures += 1
-            wait_or_raise(error, name, failures, 3)
-    return sorted(set(files))
-
-
-def download(file: RawFile, path: Path, speaks: Callable[[], bool] = lambda: True) -> Path:
-    """
-    Fetch a file to `path`, continuing what an earlier try left in `path`.part; it gets its name when its size and
-    sha256 are right. Tries again as long as new bytes arrive, and shows its progress while it `speaks`. A local file
-    is returned as it is. Raises OSError when it cannot be had.
-    """
-    if not file.url:
-        return Path(file.name)
-    if path.exists() and path.stat().st_size == file.size and file.sha256 in ("", sha256_of(path)):
-        return path
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    failures = furthest = 0
-    while (have := part.stat().st_size if part.exists() else 0) < file.size:
-        furthest = max(furthest, have)
-        try:
-            with get(file.url, have) as response:
-                resumes = response.headers.get("Content-Range", "").startswith(f"bytes {have}-")
-                with open(part, "ab" if resumes else "wb") as out:
-                    for chunk in response.iter_content(1 << 12):  # more would be lost when it breaks off
-                        out.write(chunk)
-                        have = out.tell()
-                        if speaks():
-                            status(f"fetching {path.name}: {have / 1e6:,.0f} of {file.size / 1e6:,.0f} MB")
-                        if have >= file.size:
-                            break
-            if have < file.size:
-                raise requests.ConnectionError("the connection was closed too early")
-        except requests.RequestException as error:
-            if error.response is not None and error.response.status_code == 416:
-                part.unlink(missing_ok=True)  # it is no part of what the server has
-            failures = 0 if have > furthest else failures + 1
-            wait_or_raise(error, file.name, failures, DOWNLOAD_ATTEMPTS)
-    if part.stat().st_size != file.size or file.sha256 not in ("", sha256_of(part)):
-        part.unlink()
-        raise OSError(f"{file.name} was fetched, but it is not what {file.url} promises; run the same command again")
-    part.replace(path)
-    return path
-
-
-def model_directory(name_or_dir: str | Path) -> Path:
-    """The directory of a model given by path or by name; OpenAI's models are fetched at their first use, by one process
-    for all. Raises FileNotFoundError when there is no such model, ValueError when it is damaged, OSError when it cannot
-    be fetched."""
-    directory, names = Path(name_or_dir), ("model.safetensors", "config.json")
-    if not all((directory / name).is_file() for name in names):
-        if str(name_or_dir) not in OPENAI_MODELS:
-            missing = f"it has no {' and '.join(names)}" if directory.is_dir() else "there is no such directory"
-            known = ", ".join(OPENAI_MODELS)
-            raise FileNotFoundError(f"{name_or_dir} is not a model: {missing}, nor is it one of {known}")
-        directory = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gpt2" / name_or_dir
-        if not (directory / "SHA256SUMS").exists():
-            status(f"waiting for {directory}")
-            with locked(directory, wait=True):
-                for file in list_hub(f"models/openai-community/{name_or_dir}"):
-                    if file.name in names:
-                        download(file, directory / file.name)
-                write_checksums(directory)
-    if (directory / "SHA256SUMS").exists():
-        check_checksums(directory, names)
-    return directory
-
-
-# Text into tokens
+# Documents
 
 BATCH_CHARACTERS = 1 << 18  # the position in meta.json counts batches of this size
+MOST_BYTES = 1 << 30  # of a document, which is held in memory
+
+
+def read_parquet(path: Path) -> Iterator[Any]:
+    """The column "text" of a Parquet file."""
+    import pyarrow.parquet  # imported only where it is needed
+
+    file = pyarrow.parquet.ParquetFile(path)
+    for i in range(file.num_row_groups):
+        group = file.metadata.row_group(i)
+        columns = [group.column(j) for j in range(group.num_columns)]
+        size = sum(column.total_uncompressed_size for column in columns if column.path_in_schema == "text")
+        rows = min(256, max(1, 4 * MOST_BYTES // max(1, size)))  # none of which is larger than the column
+        for batch in file.iter_batches(rows, row_groups=[i], columns=["text"]):
+            yield from batch["text"].to_pylist()
 
 
 def read_texts(path: Path) -> Iterator[str]:
-    """The documents of a file. Raises ValueError, with the place, for what is damaged or not valid Unicode."""
-    name, line = path.name.lower(), 1
+    """The documents of a file. Raises ValueError, with the place, for what is damaged, not valid Unicode or larger than
+    MOST_BYTES."""
+    name, line, too_large = path.name.lower(), 1, f"a document may have {MOST_BYTES:,} bytes at most"
+
+    def read_lines(file: Any) -> Iterator[Any]:
+        while row := file.readline(MOST_BYTES + 1):
+            if len(row) > MOST_BYTES:
+                raise ValueError(too_large)
+            yield read_object(row, "it").get("text", 0) if row.strip() else None
+
     try:
         if name.endswith(".parquet"):
-            import pyarrow.parquet  # imported only where it is needed
-
-            file = pyarrow.parquet.ParquetFile(path)
-            texts = (text for rows in file.iter_batches(256, columns=["text"]) for text in rows["text"].to_pylist())
+            texts = read_parquet(path)
         elif name.endswith(".txt"):
-            if path.stat().st_size > 1 << 30:
-                raise ValueError("a .txt is one document, of at most 1 GiB; make it a .jsonl, a document a line")
+            if path.stat().st_size > MOST_BYTES:
+                raise ValueError(f"a .txt is one document, and {too_large}; make it a .jsonl, one document per line")
             texts = [path.read_bytes().decode()]
         else:
-            file = gzip.open(path) if name.endswith(".gz") else open(path, "rb")
-            texts = (read_object(row, "it").get("text", 0) if row.strip() else None for row in file)
+            texts = read_lines(gzip.open(path) if name.endswith(".gz") else open(path, "rb"))
         for text in texts:
             if not isinstance(text, str | None):
                 raise ValueError('it has no string under "text"')
-            (text or "").encode()  # JSON can spell half a character
+            if len((text or "").encode()) > MOST_BYTES:  # JSON can spell half a character, which has no encoding
+                raise ValueError(too_large)
             yield text or ""
             line += 1
-    except (ModuleNotFoundError, MemoryError):
-        raise
     except Exception as error:  # of the file system, zlib, JSON, pyarrow, ...
         where = f", line {line:,}," if ".jsonl" in name else ""
-        raise ValueError(f"{path}{where} cannot be read: {error}") from error
+        raise ValueError(f"{path}{where} cannot be read: {error or type(error).__name__}") from error
 
 
 def read_batches(path: Path) -> Iterator[list[str]]:
@@ -466,43 +144,211 @@ def tokenize(texts: list[str], tokenizer: tiktoken.Encoding) -> np.ndarray:
     """
     The tokens of documents, (n,) uint16, each preceded by an <|endoftext|>; one within a text is ordinary text.
 
-    White space of several 100,000 characters would overflow the stack of tiktoken's regular expressions, so long texts
-    are cut before the last character of every long stretch of it. GPT-2's pattern takes all but that character as one
-    match, and no token reaches over two matches: the tokens remain those of the whole.
+    tiktoken's regular expression overflows its stack on several 100,000 consecutive white-space characters, so long
+    texts are cut before the last character of each long run. GPT-2's pattern splits there anyway: the tokens do not
+    change.
     """
-    space = r"[^\S\x1c-\x1f]{1000,}"  # \x1c to \x1f are white space for Python, and not for Rust
+    space = r"[^\S\x1c-\x1f]"  # \x1c to \x1f are white space for Python, and not for Rust
+    run = rf"(?<!{space}){space}{{1000,}}"
     pieces = [[]]
     for text in texts:
         pieces.append([tokenizer.eot_token])
-        ends = [match.end() for match in re.finditer(space, text)] if len(text) > 100_000 else []
+        ends = [match.end() for match in re.finditer(run, text)] if len(text) > 100_000 else []
         cuts = [end - 1 for end in ends if end < len(text)]  # the white space that ends a text is one match in any case
         for start, end in itertools.pairwise([0, *cuts, len(text)]):
             pieces.append(tokenizer.encode_to_numpy(text[start:end], disallowed_special=()))
     return np.concatenate(pieces, dtype=np.uint16, casting="unsafe")
 
 
-def tokenize_in_order(
-    files: list[RawFile], place: list[int], work: Path, tokenizer: tiktoken.Encoding, workers: int
-) -> Iterator[tuple[list[int], np.ndarray]]:
-    """
-    The tokens of files, a batch of documents at a time, in order, each with its place: [index of the file, index of the
-    batch in it]. It begins at `place`. Threads tokenize a few batches ahead (tiktoken does its work outside of Python's
-    lock), and one fetches the next file, to `work`.
-    """
-    waiting = threading.Event()  # for a file
+# Downloads
 
-    def fetch(file: RawFile) -> Path:
-        return download(file, work / Path(file.name).name, waiting.is_set)
+
+class RawFile(NamedTuple):
+    """A file from outside: to be fetched if it has a `url`, else local. Size in bytes, sha256 in hex or empty."""
+
+    name: str
+    size: int
+    sha256: str = ""
+    url: str = ""
+
+
+def hub_address() -> str:
+    address = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
+    if "@" in address:
+        raise ValueError("HF_ENDPOINT must not contain a password; set HF_TOKEN")
+    return address
+
+
+def get(url: str, first: int = 0) -> requests.Response:
+    """Ask for a page, or for a file from its byte `first` on. HF_TOKEN is for the hub, and for no other host (requests
+    drops it when a redirect leads to another host). Raises ValueError for a token that cannot be one, and OSError for
+    an answer that another try would not change."""
+    refused = {"status_forcelist": (408, 429, 500, 502, 503, 504), "raise_on_status": False}
+    retries = Retry(8, connect=2, read=2, backoff_factor=1, backoff_max=60, retry_after_max=60, **refused)
+    session, token = requests.Session(), os.environ.get("HF_TOKEN", "").strip()
+    session.mount("http://", HTTPAdapter(max_retries=retries))
+    session.mount("https://", HTTPAdapter(max_retries=retries))
+    if not (token.isascii() and token.isprintable()) or " " in token:
+        raise ValueError("HF_TOKEN contains characters that no token has; copy it again")
+
+    def authorize(request: requests.PreparedRequest) -> requests.PreparedRequest:  # in place of a .netrc
+        request.headers["Authorization"] = f"Bearer {token}"
+        return request
+
+    headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={first}-"} if first else {})
+    auth = authorize if token and url.startswith(hub_address() + "/") else None
+    response = session.get(url, headers=headers, auth=auth, stream=True, timeout=(10, 30))
+    response.raise_for_status()
+    return response
+
+
+def unfetched(name: str, error: Exception) -> OSError:
+    """What to say of a download that failed."""
+    code = error.response.status_code if isinstance(error, requests.HTTPError) else 0
+    problem = f"the server answers {code}" if code else type(error).__name__
+    advice = "set HF_TOKEN to a token with access" if code in (401, 403) else "check its name and address"
+    final = 400 <= code < 500 and code not in (408, 429)
+    return OSError(f"{name}: {problem}; {advice if final else 'run the same command again to continue'}")
+
+
+def list_hub(repository: str, folder: str = "") -> list[RawFile]:
+    """The files of a folder of `datasets/OWNER/NAME` or `models/OWNER/NAME` on the hub. Raises OSError."""
+    hub, name, files, began, failures = hub_address(), f"list of {repository}{folder}", [], time.monotonic(), 0
+    url, base = f"{hub}/api/{repository}/tree/main{folder}", f"{hub}/{repository.removeprefix('models/')}/resolve/main"
+    pages, size = 0, 0
+    while url:
+        page = b""
+        try:
+            with get(url) as response:
+                while piece := response.raw.read1(1 << 20):
+                    page, size = page + piece, size + len(piece)
+                    if pages == 100 or size > 1 << 26 or time.monotonic() > began + 300:
+                        raise OSError(f"the {name} does not end; is HF_ENDPOINT a hub?")
+        except (requests.RequestException, HTTPError) as error:
+            failures += 1
+            if failures == 3 or isinstance(error, requests.HTTPError):
+                raise unfetched(name, error) from error
+            continue
+        with reading(name):
+            for entry in json.loads(page):
+                sha256 = str((entry.get("lfs") or {}).get("oid", ""))
+                files.append(RawFile(str(entry["path"]), int(entry["size"]), sha256, f"{base}/{entry['path']}"))
+        url, pages = response.links.get("next", {}).get("url"), pages + 1
+    return sorted(set(files))
+
+
+def receive(file: RawFile, part: Path, have: int) -> None:
+    """Append to `part` what the server sends from byte `have` on; all of the file, if it does not continue files."""
+    with get(file.url, have) as response:
+        continues = response.status_code == 206
+        if continues and not response.headers.get("Content-Range", "").startswith(f"bytes {have}-"):
+            raise requests.ConnectionError("the server sends another part than was asked for")
+        with open(part, "ab" if continues else "wb") as out:
+            while out.tell() < file.size and (piece := response.raw.read1(1 << 20)):  # as much as is there
+                out.write(piece)
+                status(f"fetching {file.name}: {out.tell() / 1e6:,.0f} of {file.size / 1e6:,.0f} MB")
+
+
+def download(file: RawFile, path: Path) -> Path:
+    """
+    Fetch a file to `path`, continuing what an earlier try left in `path`.part; it gets its name when its size and
+    sha256 are right. Tries again as long as new bytes arrive. What is there with the right sha256 is not fetched again,
+    and a local file is returned as it is. Raises OSError when it cannot be had.
+    """
+    if not file.url:
+        return Path(file.name)
+    if file.sha256 and path.is_file() and sha256_of(path) == file.sha256:
+        return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    if part.is_symlink():
+        part.unlink()
+    have = furthest = part.stat().st_size if part.exists() else 0
+    failures = 0
+    while have < file.size:
+        problem: Exception = requests.ConnectionError()  # the server closed the connection early
+        try:
+            receive(file, part, have)
+        except (requests.RequestException, HTTPError) as error:
+            problem = error
+            if isinstance(error, requests.HTTPError):
+                if error.response.status_code != 416:
+                    raise unfetched(file.name, error) from error
+                part.unlink(missing_ok=True)  # it is no part of what the server has
+        have = part.stat().st_size if part.exists() else 0
+        failures = 0 if have > furthest else failures + 1
+        furthest = max(furthest, have)
+        if failures == 8:
+            raise unfetched(file.name, problem) from problem
+        if failures:
+            status(f"fetching {file.name}: {type(problem).__name__}; trying again")
+            time.sleep(min(60.0, 2.0 ** (failures - 1)))
+    if part.stat().st_size != file.size or file.sha256 not in ("", sha256_of(part)):
+        part.unlink()
+        raise OSError(f"{file.name}: the download has the wrong size or sha256; run the same command again")
+    part.replace(path)
+    return path
+
+
+def model_directory(name_or_dir: str | Path) -> Path:
+    """The directory of a model given by path or by name; OpenAI's models are fetched at their first use, by one process
+    for all. Raises FileNotFoundError when there is no such model, ValueError when it is damaged, OSError when it cannot
+    be fetched."""
+    directory = Path(name_or_dir)
+    if all((directory / name).exists() for name in MODEL_FILES):
+        if any((directory / name).exists() for name in ("SHA256SUMS", "trainer.pt")):  # a checkpoint has its sums
+            check_checksums(directory, MODEL_FILES)
+        return directory
+    if str(name_or_dir) not in OPENAI_MODELS:
+        missing = f"it has no {' and '.join(MODEL_FILES)}" if directory.is_dir() else "there is no such directory"
+        raise FileNotFoundError(f"{name_or_dir} is not a model: {missing}, nor is it one of {', '.join(OPENAI_MODELS)}")
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    if home.startswith("~"):
+        raise OSError(f"there is no home directory to keep {name_or_dir} in; set XDG_CACHE_HOME")
+    directory = Path(home) / "gpt2" / name_or_dir
+
+    def is_cached() -> bool:
+        with suppress(OSError, ValueError):
+            return bool(check_checksums(directory, MODEL_FILES))
+        return False
+
+    if not is_cached():
+        status(f"waiting for {directory}")
+        with locked(directory, wait=True):
+            if not is_cached():  # by another process meanwhile
+                files = {file.name: file for file in list_hub(f"models/openai-community/{name_or_dir}")}
+                if not files.keys() >= set(MODEL_FILES):
+                    raise OSError(f"the hub does not list {' and '.join(MODEL_FILES)} for {name_or_dir}")
+                for name in MODEL_FILES:
+                    download(files[name], directory / name)
+                add_checksums(directory, MODEL_FILES)
+    return directory
+
+
+# Tokens in order
+
+
+def tokenize_in_order(
+    files: list[RawFile], paths: list[Path], place: list[int], tokenizer: tiktoken.Encoding, workers: int
+) -> Iterator[tuple[list[int], np.ndarray]]:
+    """Yield (place, tokens) for each batch of documents, in order, from `place` = [file, batch] on. Threads tokenize
+    ahead (tiktoken works outside of Python's lock) while one downloads the next file, to its path."""
+    own = threading.local()  # threads that share an Encoding wait for the scratch memory of its regular expression
 
     def batches() -> Iterator[tuple[list[int], list[str]]]:
-        paths = in_background(fetch, files[place[0] :], 1, 1)
+        ahead = begin(download, files[place[0]], paths[place[0]])
         for index in range(place[0], len(files)):
-            waiting.set()
-            path = next(paths)
-            waiting.clear()
+            path = ahead.result()
+            ahead = begin(download, files[index + 1], paths[index + 1]) if index + 1 < len(files) else None
             yield from (([index, i], texts) for i, texts in enumerate(read_batches(path)) if [index, i] >= place)
 
-    yield from in_background(lambda batch: (batch[0], tokenize(batch[1], tokenizer)), batches(), workers, 2 * workers)
+    def tokenize_batch(batch: tuple[list[int], list[str]]) -> tuple[list[int], np.ndarray]:
+        if not hasattr(own, "tokenizer"):
+            parts = {"mergeable_ranks": tokenizer._mergeable_ranks, "special_tokens": tokenizer._special_tokens}
+            own.tokenizer = tiktoken.Encoding(tokenizer.name, pat_str=tokenizer._pat_str, **parts)
+        return batch[0], tokenize(batch[1], own.tokenizer)
+
+    yield from in_background(tokenize_batch, batches(), workers, 2 * workers)
 
 
 # Shards
@@ -510,26 +356,32 @@ def tokenize_in_order(
 
 def read_header(path: Path) -> int:
     """The number of tokens in a shard. Raises ValueError if it is not a whole one."""
+    if not path.is_file():
+        raise ValueError(f"{path} is not a regular file")
     with open(path, "rb") as file:
         magic, version, tokens = np.frombuffer(file.read(12).ljust(12, b"\0"), dtype="<i4").tolist()
     if (magic, version) != (SHARD_MAGIC, SHARD_VERSION):
         raise ValueError(f"{path} is not a token shard (its header is not that of llm.c's version {SHARD_VERSION})")
     size, expected = path.stat().st_size, HEADER_BYTES + 2 * tokens
     if tokens < 1 or size != expected:
-        raise ValueError(f"{path} is damaged: it has {size} bytes and should have {expected}")
+        problem = f"it has {size} bytes and should have {expected}" if tokens > 0 else "it has no tokens"
+        raise ValueError(f"{path} is damaged: {problem}")
     return tokens
 
 
 class Split(NamedTuple):
-    """The shards of a split, cut into sequences of T + 1 tokens, the last of which begins the next sequence. What is
-    left at the end of a shard, less than a sequence, is not used."""
+    """A split's shards, cut into sequences of T + 1 tokens; consecutive sequences share one. Leftover tokens at a
+    shard's end are not used."""
 
     paths: list[Path]
     tokens: list[int]  # in each shard
-    sha256: list[str]  # of each shard
     first: np.ndarray  # (shards + 1,) int64: the index of each shard's first sequence, and the number of all
     sequence_length: int  # T
     vocab_size: int
+
+    @property
+    def sequences(self) -> int:
+        return int(self.first[-1])
 
 
 def read_meta(directory: Path) -> dict:
@@ -537,43 +389,48 @@ def read_meta(directory: Path) -> dict:
     programs', with GPT-2's tokens. Raises FileNotFoundError when it is not there, ValueError when it is not ready."""
     path = directory / "meta.json"
     if not directory.is_dir():
-        source = f"--source {directory.name}" if directory.name in SOURCES else f"--input YOUR_TEXT --out {directory}"
-        raise FileNotFoundError(f"there is no {directory}; make it with: python prepare_data.py {source}")
+        source = f"--source {directory.name}" if directory.name in SOURCES else f"--input YOUR_TEXT --out={directory}"
+        raise FileNotFoundError(f"{directory} does not exist; create it with: python prepare_data.py {source}")
     if not path.exists():
         return {"tokenizer": "gpt2", "vocab_size": VOCAB_SIZES["gpt2"]}
-    meta = read_json(path)
-    if not meta["complete"]:
-        raise ValueError(f"{directory} is only partly prepared; run the same prepare_data.py command again")
-    if VOCAB_SIZES.get(str(meta.get("tokenizer"))) != meta.get("vocab_size"):
+    if not (directory / "SHA256SUMS").exists():  # of an older version, which kept its checksums in meta.json
+        command = f"(cd {shlex.quote(str(directory))} && sha256sum meta.json *.bin > SHA256SUMS)"
+        raise ValueError(
+            f"{directory} has no SHA256SUMS; if it was prepared by an older version, make it with: {command}"
+        )
+    check_checksums(directory, ["meta.json"])
+    meta = read_object(path.read_bytes(), path)
+    if not meta.get("complete"):
+        raise ValueError(f"{directory} is incomplete; run the same prepare_data.py command again to finish it")
+    tokenizer = meta.get("tokenizer")
+    if not isinstance(tokenizer, str) or VOCAB_SIZES.get(tokenizer, 0) != meta.get("vocab_size"):
         raise ValueError(f"{path} is damaged: its tokenizer and vocab_size do not belong together")
     return meta
 
 
-def find_shards(directory: Path, name: str) -> tuple[list[Path], list[str]]:
-    """The shards `*name_*.bin`, or llm.c's `*_name.bin`, and the sha256 of each. Raises FileNotFoundError when there
-    are none, ValueError when they are not those of meta.json."""
-    promised = read_meta(directory).get(name, {}).get("sha256")
+def find_shards(directory: Path, name: str) -> list[Path]:
+    """The shards `*name_*.bin`, or llm.c's `*_name.bin`. Raises FileNotFoundError when there are none, ValueError when
+    they are not those that SHA256SUMS lists."""
     paths = sorted(directory.glob(f"*{name}_*.bin")) or sorted(directory.glob(f"*_{name}.bin"))
-    if not paths and not promised:
+    listed, found = read_checksums(directory), {path.name for path in paths}
+    for odd in sorted({n for n in listed if n.startswith(f"{name}_")} ^ found) if listed else ():
+        problem = "is not listed in SHA256SUMS" if odd in found else "is missing"
+        raise ValueError(f"{directory / odd} {problem}; prepare the data again in another directory")
+    if not paths:
         raise FileNotFoundError(f"{directory} has no {name}_*.bin; run prepare_data.py, or give another --data")
-    sha256 = [sha256_of(path) for path in paths]
-    for path, one, other in itertools.zip_longest(paths, sha256, promised or sha256):
-        if one != other:
-            problem = "is damaged" if path else f"has lost a {name} shard"
-            raise ValueError(f"{path or directory} {problem}: it is not what meta.json says; prepare it elsewhere")
-    return paths, sha256
+    return paths
 
 
 def open_split(directory: Path, name: str, sequence_length: int) -> Split:
-    """Check the shards of a split, "train" or "val". Raises FileNotFoundError when there are none, ValueError when they
-    are damaged or too small."""
-    paths, sha256 = find_shards(directory, name)
+    """Find the shards of a split, "train" or "val", and read their headers. Raises FileNotFoundError when there are
+    none, ValueError when they are damaged or too small."""
+    paths = find_shards(directory, name)
     tokens = [read_header(path) for path in paths]
     first = np.cumsum([0] + [(count - 1) // sequence_length for count in tokens], dtype=np.int64)
     if first[-1] == 0:
         kind = {"val": "validation", "train": "training"}[name]
         raise ValueError(f"{directory} has too little {kind} data for {sequence_length:,}-token sequences")
-    return Split(paths, tokens, sha256, first, sequence_length, read_meta(directory)["vocab_size"])
+    return Split(paths, tokens, first, sequence_length, read_meta(directory)["vocab_size"])
 
 
 def read_sequences(split: Split, indices: np.ndarray) -> np.ndarray:
@@ -588,7 +445,7 @@ def read_sequences(split: Split, indices: np.ndarray) -> np.ndarray:
             file.seek(HEADER_BYTES + 2 * T * int(index - split.first[shard]))
             tokens = np.frombuffer(file.read(2 * (T + 1)), dtype="<u2")
         if len(tokens) <= T:
-            raise ValueError(f"{split.paths[shard]} has become shorter while it was in use")
+            raise ValueError(f"{split.paths[shard]} was truncated while in use")
         if (largest := tokens.max()) >= split.vocab_size:
             raise ValueError(f"{split.paths[shard]} holds token {largest}; the vocabulary has {split.vocab_size}")
         sequences[row] = tokens
@@ -597,26 +454,17 @@ def read_sequences(split: Split, indices: np.ndarray) -> np.ndarray:
 
 # Corpora and evaluation sets
 
-FILES = {
+FILES = {  # name, size in bytes, sha256, address
     "shakespeare": RawFile(
-        "shakespeare.txt",
-        1_115_394,
-        "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed",
-        "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
-    ),
+        "shakespeare.txt", 1_115_394, "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed",
+        "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"),
     "hellaswag": RawFile(
-        "hellaswag_val.jsonl",
-        12_246_618,
-        "0aa3b88843990f3f10a97b9575c94d7b71fb2205240ba04ae4884d9e9c992588",
-        "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl",
-    ),
+        "hellaswag_val.jsonl", 12_246_618, "0aa3b88843990f3f10a97b9575c94d7b71fb2205240ba04ae4884d9e9c992588",
+        "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl"),
     "lambada": RawFile(
-        "lambada_test.jsonl",
-        1_819_752,
-        "4aa8d02cd17c719165fc8a7887fddd641f43fcafa4b1c806ca8abc31fabdb226",
-        "https://openaipublic.blob.core.windows.net/gpt-2/data/lambada_test.jsonl",
-    ),
-}
+        "lambada_test.jsonl", 1_819_752, "4aa8d02cd17c719165fc8a7887fddd641f43fcafa4b1c806ca8abc31fabdb226",
+        "https://openaipublic.blob.core.windows.net/gpt-2/data/lambada_test.jsonl"),
+}  # fmt: skip
 EVALUATION_SETS = ("hellaswag", "lambada")
 SOURCES = (*HUB_DATASETS, "shakespeare", "demo", *EVALUATION_SETS)
 
@@ -624,9 +472,9 @@ SOURCES = (*HUB_DATASETS, "shakespeare", "demo", *EVALUATION_SETS)
 def local_file(path: Path) -> RawFile:
     """A file of the user's. Raises FileNotFoundError or ValueError for one that cannot be read as text."""
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is not a file; of a directory, give the files: --input DIRECTORY/*")
+        raise FileNotFoundError(f"{path} is not a file; for a directory, pass its files: --input DIRECTORY/*")
     if not path.name.lower().endswith(FORMATS):
-        raise ValueError(f"{path}: the format is not known; give {', '.join(FORMATS)}")
+        raise ValueError(f"{path}: unknown format; use {', '.join(FORMATS)}")
     return RawFile(str(path), path.stat().st_size, sha256_of(path))
 
 
@@ -635,7 +483,7 @@ def demo_file(path: Path) -> RawFile:
     from pydoc_data.topics import topics
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps({"text": topics[name]}) + "\n" for name in sorted(topics)), encoding="utf-8")
+    write_atomically(path, [json.dumps({"text": topics[name]}).encode() + b"\n" for name in sorted(topics)])
     return local_file(path)
 
 
@@ -659,42 +507,69 @@ def next_shard(meta: dict) -> tuple[str, int]:
     return "train", min(size, (meta["max_tokens"] or sys.maxsize) - val - train)
 
 
+# Preparing a directory
+
+
 def add_shard(out: Path, meta: dict, pieces: list[np.ndarray], split: str, position: list[int]) -> None:
     """Write a shard, then meta.json: what the split now holds, and `position`, the first token that is in no shard yet,
     as [file, batch in it, token in that]."""
     tokenizer, before, total = get_tokenizer(meta["tokenizer"]), meta[split], sum(map(len, pieces))
-    path = out / f"{split}_{len(before['sha256']):06d}.bin"
+    path = out / f"{split}_{before['shards']:06d}.bin"
     header = np.zeros(HEADER_BYTES // 4, dtype="<i4")
     header[:3] = SHARD_MAGIC, SHARD_VERSION, total
     write_atomically(path, [header, *(np.ascontiguousarray(piece, dtype="<u2") for piece in pieces)])
     counts = sum(np.bincount(piece, minlength=tokenizer.n_vocab) for piece in pieces)  # of each token
     meta["position"] = position
     meta[split] = {
+        "shards": before["shards"] + 1,
         "documents": before["documents"] + int(counts[tokenizer.eot_token]),
         "tokens": before["tokens"] + total,
         "bytes": before["bytes"] + int(counts @ token_bytes(tokenizer)),
-        "sha256": [*before["sha256"], sha256_of(path)],
     }
-    write_json(out / "meta.json", meta)
+    write_meta(out, meta, [path.name])
     say(f"{path}: {total:,} tokens")
+
+
+def write_meta(out: Path, meta: dict, shards: list[str]) -> None:
+    """Write meta.json, and its checksum and those of new shards. A crash between the two leaves meta.json.new, which
+    read_progress puts in its place."""
+    new = out / "meta.json.new"
+    write_atomically(new, [json.dumps(meta, indent=2).encode() + b"\n"])
+    add_checksums(out, shards, {"meta.json": sha256_of(new)})
+    new.replace(out / "meta.json")
+
+
+def read_progress(out: Path) -> dict:
+    """The meta.json of an earlier run; {} if there is none. Raises ValueError when it is damaged."""
+    path, new = out / "meta.json", out / "meta.json.new"
+    if new.is_file() and read_checksums(out).get("meta.json") == sha256_of(new):
+        new.replace(path)
+    if not path.exists():
+        return {}
+    check_checksums(out, ["meta.json"])
+    meta = read_object(path.read_bytes(), path)
+    with reading(path):
+        for split in ("train", "val"):
+            meta[split] = {name: int(meta[split][name]) for name in ("shards", "documents", "tokens", "bytes")}
+        files = [RawFile(str(name), int(size), str(sha), str(url)) for name, size, sha, url in meta["files"]]
+        return meta | {"position": [int(i) for i in meta["position"]], "complete": meta["complete"], "files": files}
 
 
 def open_meta(settings: dict, files: list[RawFile], out: Path) -> dict:
     """The meta.json of an earlier run with these settings, or a new one. Raises ValueError or FileExistsError if the
     directory holds other shards."""
-    path, start = out / "meta.json", [0, 0, 0]
-    meta = read_json(path) if path.exists() else {}
-    if meta and meta.get("position") != start:
+    meta, start = read_progress(out), [0, 0, 0]
+    if meta and meta["position"] != start:
         changed = [f"{name} was {meta.get(name)}, now {now}" for name, now in settings.items() if meta.get(name) != now]
         if changed:
-            raise ValueError(f"{out} was prepared with other settings: {'; '.join(changed)}; give another --out")
+            raise ValueError(f"{out} was prepared with other settings: {'; '.join(changed)}; choose another --out")
         return meta
     if not meta and any(out.glob("*.bin")):
-        raise FileExistsError(f"{out} holds shards that were not prepared by this script; give another --out")
-    empty = {"documents": 0, "tokens": 0, "bytes": 0, "sha256": []}
+        raise FileExistsError(f"{out} contains shards that were not prepared by this script; choose another --out")
+    empty = {"shards": 0, "documents": 0, "tokens": 0, "bytes": 0}
     meta = settings | {"vocab_size": VOCAB_SIZES[settings["tokenizer"]], "train": empty, "val": empty}
     meta |= {"complete": False, "position": start, "files": files or list_corpus(settings)}  # a hub may change
-    write_json(path, meta)
+    write_meta(out, meta, [])
     return meta
 
 
@@ -703,24 +578,29 @@ def prepare(settings: dict, files: list[RawFile], out: Path, workers: int) -> di
     tokenizer, work = get_tokenizer(settings["tokenizer"]), out / ".work"
     meta = open_meta(settings, files, out)
     if meta["complete"]:
-        shutil.rmtree(work, ignore_errors=True)
-        for name in ("val", "train"):
-            find_shards(out, name)
+        discard(work)
+        check_checksums(out, [path.name for name in ("val", "train") for path in find_shards(out, name)])
         say(f"{out} is already prepared")
         return meta
-    files = files or [RawFile(*file) for file in meta["files"]]
+    if work.is_symlink():
+        work.unlink()
+    files = files or meta["files"]
+    paths = [work / f"{i:06d}-{Path(file.name).name}" for i, file in enumerate(files)]  # names alone may be alike
     *start, skip = meta["position"]
     pieces, (split, room), done, began = [], next_shard(meta), 0, time.monotonic()
-    for place, tokens in tokenize_in_order(files, start, work, tokenizer, workers):
-        used = skip if place == start else 0
+    for place, tokens in tokenize_in_order(files, paths, start, tokenizer, workers):
+        if place == start:
+            tokens = tokens[skip:]
+        used = 0
         while used < len(tokens) and room:
             pieces.append(tokens[used : used + room])
-            used, room, done = used + len(pieces[-1]), room - len(pieces[-1]), done + len(pieces[-1])
+            used, room = used + len(pieces[-1]), room - len(pieces[-1])
             if room == 0:
-                add_shard(out, meta, pieces, split, [*place, used])
+                add_shard(out, meta, pieces, split, [*place, used + (skip if place == start else 0)])
                 pieces, (split, room) = [], next_shard(meta)
-                for file in files[: place[0]]:  # all of whose tokens are in shards
-                    (work / Path(file.name).name).unlink(missing_ok=True)
+                for path in paths[: place[0]]:  # all of whose tokens are in shards
+                    path.unlink(missing_ok=True)
+        done += used
         rate = done / (time.monotonic() - began)
         status(f"file {place[0] + 1} of {len(files)}: {done / 1e6:,.1f}M tokens, {rate:,.0f} tokens/s")
         if room == 0:
@@ -729,14 +609,240 @@ def prepare(settings: dict, files: list[RawFile], out: Path, workers: int) -> di
         add_shard(out, meta, pieces, split, [len(files), 0, 0])
     if meta["train"]["tokens"] == 0:
         names, total = ", ".join(file.name for file in files), meta["val"]["tokens"]
-        advice = f"all {total:,} tokens are for validation; give a lower --val-tokens and another --out"
+        advice = f"all {total:,} tokens are for validation; choose a smaller --val-tokens and another --out"
         raise ValueError(f"there is no text to train on in {names}: {advice if total else 'it is empty'}")
     if changed := [file.name for file in files if not file.url and sha256_of(Path(file.name)) != file.sha256]:
         raise ValueError(f"{changed[0]} has changed while it was being read; prepare it again, to another --out")
-    meta["complete"] = True
-    write_json(out / "meta.json", meta)
-    shutil.rmtree(work, ignore_errors=True)
+    write_meta(out, meta | {"complete": True}, [])
+    discard(work)
     return meta
+
+
+# Shared by the scripts: the terminal
+
+
+@contextmanager
+def one_line_errors(script: str, memory_advice: str) -> Iterator[None]:
+    """Turn an error that the user can fix into one line on standard error, and exit status 1; Ctrl-C into status 130.
+    `memory_advice` says how to use less memory."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # closed, and the next file to be opened would take its place
+            setattr(sys, name, open(os.devnull, mode))
+    with suppress(AttributeError):  # a test's
+        sys.stdout.reconfigure(errors="replace")
+    try:
+        yield
+    except KeyboardInterrupt:
+        status("")
+        sys.exit(130)
+    except BrokenPipeError:  # the reader has closed the pipe
+        sys.stdout = None  # which Python would flush at its end
+        sys.exit(0)
+    except (ValueError, OSError, FloatingPointError, MemoryError, ModuleNotFoundError, RuntimeError) as error:
+        problem = printable(" ".join(str(error).split()))
+        if isinstance(error, ModuleNotFoundError):
+            problem += f"; pip install {error.name}"
+        elif isinstance(error, MemoryError) or "out of memory" in problem or "can't allocate memory" in problem:
+            problem = f"out of memory; {memory_advice}"
+        elif "can't start new thread" in problem:
+            problem = "no more threads can be started; raise the limit on processes (ulimit -u) or on memory"
+        elif isinstance(error, RuntimeError):
+            raise
+        status("")
+        sys.stderr.write(f"{script}: error: {problem}\n")  # at once: other ranks may write too
+        sys.exit(1)
+
+
+def printable(text: str) -> str:
+    """Text without control characters, which a terminal would obey."""
+    return "".join(c if c.isprintable() or c in "\n\t" else f"\\x{ord(c):02x}" for c in text)
+
+
+def is_main_process() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+def say(text: str, file: Any = None) -> None:
+    """Print a line on rank 0, in place of the status. If the reader has closed the pipe, the line is dropped, and the
+    run continues."""
+    status("")
+    try:
+        if is_main_process():
+            print(printable(text), file=file, flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+
+
+def status(text: str) -> None:
+    """Show `text` on the last line of a terminal until the next line or status replaces it."""
+    if sys.stderr.isatty() and is_main_process():
+        line = printable(text)[: shutil.get_terminal_size().columns - 1]
+        print(f"\r{line}\x1b[K", end="", file=sys.stderr, flush=True)
+
+
+def clock(seconds: float) -> str:
+    """A duration as hours, minutes and seconds."""
+    return f"{int(seconds) // 3600}:{int(seconds) // 60 % 60:02}:{int(seconds) % 60:02}"
+
+
+def number(kind: type, least: float, most: float) -> Callable[[str], Any]:
+    """A parser of command-line values, int or float, in a range: 1000000, 100_000, 500k, 100M or 10B."""
+
+    def parse(text: str) -> Any:
+        scale = {"k": 10**3, "m": 10**6, "b": 10**9}.get(text[-1:].lower())
+        with suppress(ValueError, OverflowError):
+            if least <= (value := kind(float(text[:-1]) * scale) if scale else kind(text)) <= most:
+                return value
+        raise argparse.ArgumentTypeError(f"must be a number from {least:,} to {most:,}, not {text[:40]}")
+
+    return parse
+
+
+# Shared by the scripts: threads
+
+
+def begin(function: Callable, *args: Any) -> Future:
+    """Call a function in a thread of its own, which the end of the process does not wait for."""
+    future = Future()
+
+    def call() -> None:
+        try:
+            future.set_result(function(*args))
+        except Exception as error:  # raised by future.result()
+            future.set_exception(error)
+
+    threading.Thread(target=call, daemon=True).start()
+    return future
+
+
+def in_background(function: Callable, items: Iterable[Any], threads: int, ahead: int) -> Iterator[Any]:
+    """function(item) for each item, in order, computed by `threads` threads up to `ahead` items in advance. An error of
+    `items` is raised in its turn, after the results before it."""
+    pool, pending, items, problem = ThreadPoolExecutor(threads), deque(), iter(items), None
+    while True:
+        try:
+            item = next(items)
+        except StopIteration:
+            break
+        except Exception as error:
+            problem = error
+            break
+        pending.append(pool.submit(function, item))
+        if len(pending) > ahead:
+            yield pending.popleft().result()
+    while pending:
+        yield pending.popleft().result()
+    if problem:
+        raise problem
+
+
+# Shared by the scripts: files that are written whole, by one process, and checked when they are read
+
+
+@contextmanager
+def locked(directory: Path, wait: bool = False) -> Iterator[None]:
+    """Hold the lock of a directory, which is made if need be, so that only one process writes to it. The lock ends with
+    its process, however that ends. If another has it, raises BlockingIOError, or with `wait` waits."""
+    directory.mkdir(parents=True, exist_ok=True)
+    file = os.open(directory / ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError as error:
+        holder = "another process (perhaps a worker left over from torchrun)"
+        raise BlockingIOError(f"{directory} is in use by {holder}; wait, or choose another --out") from error
+    except OSError as error:  # a network file system without locks
+        say(f"warning: {directory} cannot be locked ({error}); let only one run write to it", sys.stderr)
+    try:
+        yield
+    finally:
+        os.close(file)
+
+
+def discard(path: Path) -> None:
+    """Remove whatever is at `path`, if anything is: of a link, the link. A directory disappears whole or not at all."""
+    if path.is_dir() and not path.is_symlink():
+        old = path if path.suffix == ".tmp" else path.with_name(path.name + ".old.tmp")
+        if old != path:
+            shutil.rmtree(old, ignore_errors=True)
+            path.rename(old)
+        shutil.rmtree(old)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def synchronize(path: Path) -> None:
+    """Wait until a file, or the names in a directory, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
+
+
+def write_atomically(path: Path, pieces: Iterable[Any]) -> None:
+    """Write bytes or arrays so that a crash at any moment leaves the old file or the new one."""
+    part = path.with_name(path.name + ".tmp")
+    discard(part)
+    with open(part, "xb") as file:
+        file.writelines(pieces)
+    synchronize(part)
+    part.replace(path)
+
+
+@contextmanager
+def reading(what: object) -> Iterator[None]:
+    """Whatever goes wrong in a file that somebody else may have written becomes a ValueError that names it."""
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(f"{what} cannot be used: {error or type(error).__name__}") from error
+
+
+def read_object(text: str | bytes, where: object) -> dict:
+    """A JSON object. Raises ValueError, naming where the text is from, for anything else."""
+    with reading(where):
+        if not isinstance(value := json.loads(text), dict):
+            raise TypeError("it is not a JSON object")
+        return value
+
+
+def sha256_of(path: Path) -> str:
+    status(f"sha256 of {path}")
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_checksums(directory: Path) -> dict[str, str]:
+    """The sha256 of each file that `SHA256SUMS` lists, by its name; {} without the file."""
+    path = directory / "SHA256SUMS"
+    lines = path.read_text(errors="replace").splitlines() if path.is_file() else []
+    return {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
+
+
+def add_checksums(directory: Path, names: Iterable[str], others: dict[str, str] | None = None) -> None:
+    """Add files, and `others` whose sums are known, to `SHA256SUMS`, which `sha256sum -c` reads."""
+    sums = read_checksums(directory) | {name: sha256_of(directory / name) for name in names} | (others or {})
+    write_atomically(directory / "SHA256SUMS", [f"{sums[name]}  {name}\n".encode() for name in sorted(sums)])
+
+
+def check_checksums(directory: Path, names: Iterable[str], sums: dict[str, str] | None = None) -> dict[str, str]:
+    """The sha256 of files, by name, compared with `sums` ("": anything), or those of `SHA256SUMS`. Raises ValueError or
+    OSError naming what is damaged or missing."""
+    sums, found = read_checksums(directory) if sums is None else sums, {}
+    for name in names:
+        if not (path := directory / name).is_file():
+            raise FileNotFoundError(f"{path} is missing")
+        found[name] = sha256_of(path)
+        if sums.get(name) not in ("", found[name]):
+            raise ValueError(f"{path} is damaged: its content does not match its checksum")
+    return found
+
+
+def is_intact(directory: Path, names: Iterable[str] = MODEL_FILES) -> bool:
+    """Whether the files of a checkpoint are as `SHA256SUMS` says; if not, a warning says what is wrong."""
+    try:
+        return bool(check_checksums(directory, names))
+    except (ValueError, FileNotFoundError) as error:
+        say(f"warning: {error}; skipping {directory.name}", sys.stderr)
+        return False
 
 
 # The command line
@@ -748,7 +854,7 @@ def prepare_source(source: str | None, args: argparse.Namespace) -> None:
     with locked(out):
         if source in EVALUATION_SETS:
             say(f"{source}: {download(FILES[source], out / FILES[source].name)}")
-            return write_checksums(out)
+            return add_checksums(out, [FILES[source].name])
         files = [local_file(Path(path)) for path in args.input or []]
         if source == "demo":
             files = [demo_file(out / ".work" / "demo.jsonl")]
@@ -771,8 +877,8 @@ def prepare_source(source: str | None, args: argparse.Namespace) -> None:
         meta = prepare(settings, files, out, args.workers)
     for split in ("val", "train"):
         say(f"{split}: {meta[split]['tokens']:,} tokens in {out}/{split}_*.bin")
-    preset = "demo" if source == "demo" else "small" if meta["train"]["tokens"] < 10**7 else "gpt2"
-    say(f"train on it with: python train.py --preset {preset} --data {shlex.quote(str(out))}")
+    preset = "demo" if source == "demo" else "book" if meta["train"]["tokens"] < 10**7 else "gpt2"
+    say(f"train on it with: python train.py --preset {preset} --data={shlex.quote(str(out))}")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -781,14 +887,20 @@ def main(argv: list[str] | None = None) -> None:
     amount, shard = number(int, 1, 10**15), number(int, 1, 2**31 - 1)
     subset = "of FineWeb: sample-10BT, sample-100BT, sample-350BT, or a dump (default: sample-10BT)"
     origin = parser.add_mutually_exclusive_group()
-    origin.add_argument("--source", choices=SOURCES, help="(default: fineweb-edu)")
+    origin.add_argument(
+        "--source", choices=SOURCES, help="what to download (default: fineweb-edu, hellaswag and lambada)"
+    )
     origin.add_argument("--input", nargs="+", metavar="FILE", help="your own text: " + ", ".join(FORMATS))
     parser.add_argument("--subset", default="sample-10BT", help=subset)
     parser.add_argument("--out", help="directory for the shards (default: data/NAME, after the source)")
     parser.add_argument("--tokenizer", choices=VOCAB_SIZES, help="(default: gpt2; byte for the demo)")
     parser.add_argument("--shard-tokens", type=shard, default=10**8, help="tokens in a shard (default: 100M)")
-    parser.add_argument("--val-tokens", type=amount, help="for validation (default: 100M; a tenth of a smaller text)")
-    parser.add_argument("--max-tokens", type=amount, help="stop after this many, validation included (default: all)")
+    parser.add_argument(
+        "--val-tokens", type=amount, help="tokens held out for validation (default: 100M, or a tenth of a smaller text)"
+    )
+    parser.add_argument(
+        "--max-tokens", type=amount, help="stop after this many tokens, including validation (default: all)"
+    )
     parser.add_argument("--workers", type=number(int, 1, 1024), default=os.cpu_count(), help="(default: one per core)")
     args = parser.parse_args(argv)
     sources = [args.source] if args.input or args.source else [*EVALUATION_SETS, "fineweb-edu"]
@@ -800,4 +912,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    main()

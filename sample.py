@@ -9,11 +9,6 @@ Continue a prompt with a trained GPT-2; the text streams to standard output as i
 Standard output has the text and nothing else; the model's name and its speed go to standard error.
 """
 
-import signal
-
-if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the process at once, without a traceback
-
 import argparse
 import codecs
 import sys
@@ -26,15 +21,6 @@ import torch
 
 import model as gpt
 import prepare_data as prep
-
-
-def newest_checkpoint(out: Path) -> Path:
-    """The last checkpoint of the run that was written to last, in `out` or a directory in it. Raises FileNotFoundError
-    when there is none."""
-    found = [path for run in (out, *out.glob("*/")) for path in prep.checkpoints(run)]
-    if not found:
-        raise FileNotFoundError(f"there is no checkpoint in {out.absolute()}; train one, or give --model gpt2")
-    return max(found, key=lambda path: (path.parent.stat().st_mtime, int(path.name[5:])))
 
 
 def stream_decoder(tokenizer: tiktoken.Encoding) -> Callable[[int], str]:
@@ -62,11 +48,15 @@ def read_prompts(args: argparse.Namespace) -> Iterator[str]:
 
 
 def sample(args: argparse.Namespace) -> None:
-    directory = prep.model_directory(args.model or newest_checkpoint(Path("out")))
+    run = Path(args.model or gpt.newest_run(Path("out")))
+    if not args.model and not gpt.checkpoints(run):
+        raise FileNotFoundError(f"there is no checkpoint in {run.absolute()}; train one, or give --model gpt2")
+    directory = gpt.newest_checkpoint(run, prep.is_intact) or prep.model_directory(run)
     device, (config, name) = gpt.choose_device(args.device), gpt.read_config(directory)
     tokenizer = prep.get_tokenizer(name)
     if tokenizer.n_vocab != config.vocab_size:
-        raise ValueError(f"{directory} has {config.vocab_size} tokens, and the {name} tokenizer {tokenizer.n_vocab}")
+        problem = f"a vocabulary of {config.vocab_size}, but the {name} tokenizer has {tokenizer.n_vocab}"
+        raise ValueError(f"{directory} has {problem}")
     prep.status(f"reading {directory}")
     model = gpt.center_logits(gpt.load_model(directory)).to(device, gpt.choose_dtype(args.dtype, device))
     prep.status("")
@@ -82,8 +72,9 @@ def sample(args: argparse.Namespace) -> None:
             print(problem, file=sys.stderr)
             continue
         prompts = torch.tensor([tokens] * args.num_samples, device=device)
-        how = (args.temperature, args.top_k or None, args.top_p, generator, tokenizer.eot_token, args.compile)
-        steps = gpt.generate(model, prompts, args.max_new_tokens, *how)
+        how = {"temperature": args.temperature, "top_k": args.top_k or None, "top_p": args.top_p}
+        how |= {"generator": generator, "stop_token": tokenizer.eot_token, "compiled": args.compile}
+        steps = gpt.generate(model, prompts, args.max_new_tokens, **how)
         # The first sample is printed while it is generated; the others, each below a rule, at the end.
         decode, drawn, times = stream_decoder(tokenizer), [], []
         print(prompt, end="", flush=True)
@@ -105,18 +96,23 @@ def main(argv: list[str] | None = None) -> None:
         usage=argparse.SUPPRESS, allow_abbrev=False, description="Generate text with GPT-2."
     )
     add, number = parser.add_argument, prep.number
-    add("--model", help="a checkpoint, or gpt2, gpt2-medium, ... (default: the newest under out/)")
+    add("--model", help="a checkpoint, a run, or gpt2, gpt2-medium, ... (default: the newest under out/)")
     add("--prompt", default="", help="text to continue; - reads standard input (default: none)")
-    add("--interactive", action="store_true", help="ask for prompts, a line each, until end of input")
+    add("--interactive", action="store_true", help="read prompts from standard input, one per line")
     add("--num-samples", type=number(int, 1, 4096), default=1, help="(default: 1)")
     add("--max-new-tokens", type=number(int, 1, 10**6), default=500, help="per sample (default: 500)")
     add("--temperature", type=number(float, 0, 10**6), default=0.8, help="0: the most likely token (default: 0.8)")
     add("--top-k", type=number(int, 0, 10**6), default=50, help="keep the k most likely tokens; 0: all (default: 50)")
-    add("--top-p", type=number(float, 1e-6, 1), default=1.0, help="smallest set with total probability p (default: 1)")
+    add(
+        "--top-p",
+        type=number(float, 1e-6, 1),
+        default=1.0,
+        help="sample from the smallest set of tokens with total probability p (default: 1)",
+    )
     add("--seed", type=number(int, 0, 2**63 - 1), default=1337, help="seed of the random draws (default: 1337)")
     add("--device", default="auto", choices=gpt.DEVICES, help="(default: auto)")
     add("--dtype", default="auto", choices=gpt.DTYPES, help="(default: auto)")
-    add("--compile", action="store_true", help="compile decoding; pays for long texts")
+    add("--compile", action="store_true", help="torch.compile decoding; worthwhile for long texts")
     args = parser.parse_args(argv)
     torch.backends.cuda.enable_cudnn_sdp(False)  # it re-plans for every length
     with prep.one_line_errors("sample.py", "take fewer --num-samples, or a smaller --model"):
@@ -124,4 +120,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    prep.run(main)
+    main()

@@ -1,45 +1,44 @@
 """
-Train a GPT-2 on token shards, on a CPU, on one GPU, or on many under torchrun.
+Train a GPT-2 on token shards: on a CPU, on one GPU, or on many under torchrun.
 
     torchrun --standalone --nproc_per_node=8 train.py     # GPT-2 124M on FineWeb-Edu 10B tokens
-    python train.py                                       # the same run on one GPU, by gradient accumulation
+    python train.py                                       # the same run on one GPU, with more gradient accumulation
     python train.py --preset demo                         # two minutes on a CPU
-    python train.py --eval-only --init-from gpt2          # OpenAI's model beside its published scores
+    python train.py --eval-only --init-from gpt2          # evaluate OpenAI's model
 
-Reads the shards that prepare_data.py wrote (or llm.c's). Writes to --out: `metrics.jsonl`, a line for each logged step
-and each evaluation, and checkpoints `step_NNNNNN/`, the state after that many updates. The sequences of update s depend
-on the seed and s alone, so a run can be resumed, or cut over another number of GPUs, and remains the same run.
+Reads the shards that prepare_data.py or llm.c wrote. Writes to --out: `metrics.jsonl`, one line for each logged update
+and each evaluation, and checkpoints `step_NNNNNN/`, the state after that many updates. The batch of an update depends
+on the seed and the step alone, so a run can be resumed, or cut over another number of GPUs, and remains the same run.
 """
 
-import signal
-
-if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until the loop, Ctrl-C ends the process at once
-
 import argparse
+import itertools
 import json
 import math
 import os
-import shutil
+import shlex
+import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from functools import lru_cache, partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NamedTuple, TextIO
+from typing import Any, NamedTuple
 
 import numpy as np
 import tiktoken
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils.rnn import pad_sequence
+from torch.optim import Optimizer
 
 import model as gpt
 import prepare_data as prep
@@ -61,12 +60,15 @@ def option(
 class TrainConfig:
     """Every setting of a run; the defaults are GPT-2 124M on FineWeb-Edu 10B (19,073 updates of 2^19 tokens)."""
 
-    data: str = option("data/fineweb-edu", "directory with the token shards")
+    data: str = option("data/fineweb-edu", "directory of token shards")
     model: str = option("gpt2", "size of a new model", choices=MODEL_SIZES, fixed=True)
-    out: str = option("out", "directory for metrics and checkpoints")
-    resume: bool = option(False, "continue from the newest checkpoint in --out, if there is one, with its settings")
-    init_from: str = option("", "start from these weights: a checkpoint, or gpt2, gpt2-medium, ...")
-    eval_only: bool = option(False, "evaluate --init-from, or the newest checkpoint in --out, and stop")
+    n_layer: int = option(0, "layers of a new model; 0: as --model has", fixed=True)
+    n_head: int = option(0, "attention heads of a new model; 0: as --model has", fixed=True)
+    n_embd: int = option(0, "width of a new model; 0: as --model has", fixed=True)
+    out: str = option("", "directory for metrics and checkpoints (default: out/NAME for --data data/NAME)")
+    resume: bool = option(False, "resume from the newest checkpoint in --out, if any, with its settings")
+    init_from: str = option("", "start from these weights: a checkpoint, a run, or gpt2, gpt2-medium, ...")
+    eval_only: bool = option(False, "only evaluate: --init-from, or the newest checkpoint in --out or under out/")
     seed: int = option(1337, "random seed for initialization, data order and dropout", fixed=True)
     sequence_length: int = option(1024, "tokens in a sequence; also the context of a new model", 1, 2**20, fixed=True)
     micro_batch_size: int = option(0, "sequences per device per pass; 0: largest that fits")
@@ -77,26 +79,25 @@ class TrainConfig:
     min_lr: float = option(6e-5, "learning rate at the end", most=1e30, fixed=True)
     beta2: float = option(0.95, "decay rate of AdamW's average of squared gradients", most=0.999999, fixed=True)
     weight_decay: float = option(0.1, "weight decay, on matrices", most=1e30, fixed=True)
-    grad_clip: float = option(1.0, "largest norm of the gradient; 0: no clipping", most=1e30, fixed=True)
+    grad_clip: float = option(1.0, "clip the gradient to this norm; 0: no clipping", most=1e30, fixed=True)
     dropout: float = option(0.0, "dropout of embeddings, attention and residual branches", most=0.999, fixed=True)
     dtype: str = option("auto", "precision of matrix products", choices=gpt.DTYPES)
     compile: bool | None = option(None, "torch.compile the model (default: on CUDA)")
     device: str = option("auto", "device to train on", choices=gpt.DEVICES)
-    zero: bool = option(False, "divide the optimizer's state among the ranks (ZeRO stage 1)")
-    eval_every: int = option(250, "updates between evaluations; 0: none")
+    zero: bool = option(False, "shard the optimizer state across ranks (ZeRO stage 1)")
+    eval_every: int = option(250, "evaluate every N updates; 0: never")
     eval_tokens: int = option(10 * 2**20, "tokens of the validation split to evaluate on", 1)
-    eval_tasks: int = option(100_000, "tasks of HellaSwag and of LAMBADA to evaluate on; 0: none")
-    tensorboard: bool = option(False, "write the log for TensorBoard too, to --out (needs the package tensorboard)")
-    sample_every: int = option(1000, "updates between samples of text; 0: none")
-    checkpoint_every: int = option(4000, "updates between checkpoints; 0: one at the end only")
+    eval_tasks: int = option(100_000, "number of HellaSwag and of LAMBADA tasks to evaluate; 0: none")
+    tensorboard: bool = option(False, "also write the log for TensorBoard, to --out (needs the package tensorboard)")
+    sample_every: int = option(1000, "print a sample of text every N updates; 0: never")
+    checkpoint_every: int = option(4000, "write a checkpoint every N updates; 0: only at the end")
     keep_checkpoints: int = option(2, "how many checkpoints to keep; 0: all")
-    log_every: int = option(1, "updates between lines of the log", 1)
+    log_every: int = option(1, "log every N updates", 1)
 
 
-SMALL = TrainConfig(
+BOOK = TrainConfig(
     data="data/mine",
     model="gpt2-tiny",
-    out="out/mine",
     sequence_length=64,
     total_batch_tokens=12 * 64,
     steps=2200,
@@ -111,16 +112,14 @@ SMALL = TrainConfig(
 )
 PRESETS = {
     "gpt2": TrainConfig(),
-    "small": SMALL,  # for a single book: a few minutes on a laptop
-    "demo": replace(SMALL, data="data/demo", out="out/demo", steps=1400),
+    "book": BOOK,  # for a single book: a few minutes on a laptop
+    "demo": replace(BOOK, data="data/demo", steps=1400),
 }
-CHECKPOINT_FILES = ("config.json", "model.safetensors", "trainer.pt", *prep.TOKENIZER_FILES)
-FLOAT16_SKIPS = 20  # consecutive updates that float16's scaler may skip while it looks for its scale
 
 
 def parse_args(parser: argparse.ArgumentParser, argv: list[str] | None) -> tuple[TrainConfig, dict[str, Any]]:
     """The command line, with an option for each field of TrainConfig, and those that were given."""
-    parser.add_argument("--preset", default="gpt2", choices=PRESETS, help="where to start from (default: gpt2)")
+    parser.add_argument("--preset", default="gpt2", choices=PRESETS, help="set of defaults; other options override it")
     for item in fields(TrainConfig):
         text, kwargs = item.metadata["help"], {}
         if item.type in (int, float, str):
@@ -132,13 +131,18 @@ def parse_args(parser: argparse.ArgumentParser, argv: list[str] | None) -> tuple
             kwargs["action"] = argparse.BooleanOptionalAction
         parser.add_argument("--" + item.name.replace("_", "-"), default=None, help=text, **kwargs)
     given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
-    return replace(PRESETS[given.pop("preset")], **given), given
+    config, runs = replace(PRESETS[given.pop("preset")], **given), Path("out")
+    latest = config.eval_only and config.data == TrainConfig.data and "data" not in given  # as sample.py takes it
+    follows = gpt.newest_run(runs) if latest else runs / Path(config.data).resolve().name
+    return replace(config, out=config.out or str(follows)), given
 
 
 def check_config(config: TrainConfig) -> None:
     """Raise ValueError for an impossible setting, or a batch that cannot be cut as asked."""
-    if not config.data or not config.out:
-        raise ValueError("--data and --out must name a directory")
+    for item in fields(config):  # which a checkpoint may have brought
+        value, (least, most) = getattr(config, item.name), item.metadata["range"]
+        if not isinstance(value, item.type) or (item.type in (int, float) and not least <= value <= most):
+            raise ValueError(f"{item.name} cannot be {value!r}")
     if config.min_lr > config.max_lr:
         raise ValueError(f"--min-lr ({config.min_lr}) must not be more than --max-lr ({config.max_lr})")
     world_size = max(1, int(os.environ.get("WORLD_SIZE", "1")))
@@ -160,15 +164,15 @@ def learning_rate(step: int, config: TrainConfig) -> float:
 # Processes
 
 
-class Job(NamedTuple):
-    """This process among the others of the run, and its device."""
+class Process(NamedTuple):
+    """This process among those of the run, and its device."""
 
     rank: int
     world_size: int
     device: torch.device
 
 
-def start_job(device: str) -> Job:
+def start_process(device: str) -> Process:
     """Choose the device and, under torchrun, join the other processes. Raises ValueError for one that is not here."""
     chosen = gpt.choose_device(device)
     rank, local_rank, world_size = (int(os.environ.get(name, "0")) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
@@ -179,7 +183,6 @@ def start_job(device: str) -> Job:
             raise ValueError(f"{local_rank + 1} processes were started for {torch.cuda.device_count()} GPUs")
         chosen = torch.device("cuda", local_rank)
         torch.cuda.set_device(chosen)
-        torch.backends.cuda.enable_cudnn_sdp(False)  # it re-plans for every new shape: tasks have hundreds
     if world_size > 0:  # torchrun says so, for a single process too
         store, _, _ = next(dist.rendezvous("env://"))
         if world_size == int(os.environ.get("LOCAL_WORLD_SIZE", "0")):
@@ -187,34 +190,34 @@ def start_job(device: str) -> Job:
             # machines the count of restarts is not common to all, and cannot tell them apart.
             store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
         backend, device_id = ("nccl", chosen) if chosen.type == "cuda" else ("gloo", None)
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, device_id=device_id)
-    return Job(rank, max(1, world_size), chosen)
+        limit = timedelta(minutes=30)  # the others wait while rank 0 writes a checkpoint, 19 GB for gpt2-xl
+        dist.init_process_group(backend, None, limit, world_size, rank, store, device_id=device_id)
+    return Process(rank, max(1, world_size), chosen)
 
 
 def all_reduce(value: Tensor, how: dist.ReduceOp = dist.ReduceOp.SUM) -> Tensor:
-    """The sum of a tensor over all ranks, or its minimum, float64 on the CPU; waits for the device that it is on."""
+    """Sum (or minimum) over all ranks, as float64 on the CPU. Waits for the device."""
     value = value.detach().double() if value.device.type == "cuda" else value.detach().cpu().double()
     if dist.is_initialized():
         dist.all_reduce(value, how)
     return value.cpu()
 
 
-def note_signals() -> list[int]:
-    """A list that SIGTERM and SIGINT are added to from now on, instead of ending the process. A second signal more than
-    a second later ends it at once; within that second, torchrun and a scheduler may both send the first."""
-    noted, times = [], []
+def catch_signals(stops: list[int]) -> None:
+    """From now on, SIGTERM and SIGINT are added to `stops` instead of ending the process. One that comes a second or
+    more after the first ends it at once; within the second, torchrun and a scheduler may both send the first."""
+    times = []
 
-    def note(signum: int, frame: object) -> None:
-        noted.append(signum)
+    def catch(signum: int, frame: object) -> None:
+        stops.append(signum)
         times.append(time.monotonic())
         if times[-1] > times[0] + 1:
             os._exit(128 + signum)
-        if len(noted) == 1 and os.environ.get("RANK", "0") == "0":  # by os.write: a print may be under way
-            os.write(2, b"\nfinishing this update and writing a checkpoint; Ctrl-C again stops at once\n")
+        if len(times) == 1 and prep.is_main_process():  # by os.write: a print may be under way
+            os.write(2, b"\nstopping, and writing a checkpoint; Ctrl-C again stops at once\n")
 
-    signal.signal(signal.SIGTERM, note)
-    signal.signal(signal.SIGINT, note)
-    return noted
+    signal.signal(signal.SIGTERM, catch)
+    signal.signal(signal.SIGINT, catch)
 
 
 # The data and its order
@@ -229,7 +232,7 @@ def epoch_order(sequences: int, seed: int, epoch: int) -> np.ndarray:
 def batch_indices(split: Split, config: TrainConfig, step: int) -> np.ndarray:
     """Which sequences update `step` uses, in order: (total_batch_tokens / T,) int64. This alone decides the data of a
     run; how many devices there are does not."""
-    size, total = config.total_batch_tokens // config.sequence_length, int(split.first[-1])
+    size, total = config.total_batch_tokens // config.sequence_length, split.sequences
     positions = np.arange((step - 1) * size, step * size)
     epochs = positions // total
     return np.concatenate(
@@ -237,133 +240,216 @@ def batch_indices(split: Split, config: TrainConfig, step: int) -> np.ndarray:
     )
 
 
-def load_batch(split: Split, config: TrainConfig, step: int, job: Job) -> Tensor:
-    """This rank's part of the batch of update `step`: (accumulation steps, micro_batch_size, T + 1) int64, on the CPU,
+def load_batch(split: Split, config: TrainConfig, size: int, step: int, process: Process) -> Tensor:
+    """This rank's part of the batch of update `step`: (accumulation steps, micro-batch size, T + 1) int64, on the CPU,
     in pinned memory where the device is a GPU."""
-    indices = batch_indices(split, config, step).reshape(-1, job.world_size, config.micro_batch_size)[:, job.rank]
+    indices = batch_indices(split, config, step).reshape(-1, process.world_size, size)[:, process.rank]
     batch = torch.from_numpy(read_sequences(split, indices.ravel()).reshape(*indices.shape, -1))
-    if job.device.type == "cuda":
-        torch.cuda.set_device(job.device)  # of this thread: pinning would otherwise open a context on the first GPU
+    if process.device.type == "cuda":
+        torch.cuda.set_device(process.device)  # of this thread: pinning would otherwise open a context on the first GPU
         batch = batch.pin_memory()
     return batch
 
 
-# Checkpoints and the log
+# Checkpoints
+
+TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer_config.json")
+CHECKPOINT_FILES = ("config.json", "model.safetensors", "trainer.pt", *TOKENIZER_FILES)
 
 
-def save_checkpoint(out: Path, step: int, model: GPT, trainer: dict, tokenizer: str, keep: int) -> None:
+@lru_cache
+def tokenizer_files(tokenizer: tiktoken.Encoding) -> dict[str, str]:
+    """
+    The text of a tokenizer's files, by name, as OpenAI published GPT-2's and transformers reads them.
+
+    Each byte is spelled as a character: 188 as the one they are in Latin-1, the others, in order, from chr(256) on. The
+    two parts that a token was merged from are what byte-pair encoding reaches just before the last merge.
+    """
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    ordered = printable + [byte for byte in range(256) if byte not in printable]
+    spelling = {byte: chr(byte if i < 188 else 68 + i) for i, byte in enumerate(ordered)}
+    ranks = {tokenizer.decode_single_token_bytes(token): token for token in range(tokenizer.eot_token)}
+    parts_of = []
+    for token in ranks:
+        parts = [bytes([byte]) for byte in token]
+        while len(parts) > 2:
+            merged = [ranks.get(a + b, math.inf) for a, b in itertools.pairwise(parts)]
+            first = merged.index(min(merged))
+            parts[first : first + 2] = [parts[first] + parts[first + 1]]
+        parts_of.append(["".join(spelling[byte] for byte in part) for part in parts])
+    vocab = {"".join(parts): token for token, parts in enumerate(parts_of)} | {"<|endoftext|>": tokenizer.eot_token}
+    special = dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>")
+    merges = ["#version: 0.2", *(" ".join(parts) for parts in parts_of if len(parts) == 2)]
+    config = json.dumps({"tokenizer_class": "GPT2Tokenizer", "add_prefix_space": False} | special)
+    return dict(zip(TOKENIZER_FILES, (json.dumps(vocab), "\n".join(merges) + "\n", config), strict=True))
+
+
+class Trainer(NamedTuple):
+    """What a checkpoint holds beside the model: the state of a run after `step` updates."""
+
+    config: dict  # of TrainConfig
+    step: int
+    seconds: float  # of training until then
+    updates: list  # (loss, seconds) of each update since the last line of the log
+    shards: dict  # the sha256 of each shard, by its name
+    optimizer: dict
+    scaler: dict
+
+
+def save_checkpoint(out: Path, model: GPT, trainer: Trainer, tokenizer: str, keep: int) -> None:
     """Write `step_NNNNNN`, under another name until it is whole and on disk, then remove all but the newest `keep`.
     Raises OSError when it cannot be written."""
-    final = out / f"step_{step:06d}"
+    final = out / f"step_{trainer.step:06d}"
     part = out / f"{final.name}.tmp"
-    shutil.rmtree(part, ignore_errors=True)
+    for stale in (part, *out.glob("step_*.tmp")):
+        prep.discard(stale)
     try:
+        part.mkdir(parents=True)
         gpt.save_model(model, part, tokenizer)
-        for name, text in prep.tokenizer_files(prep.get_tokenizer(tokenizer)).items():
+        for name, text in tokenizer_files(prep.get_tokenizer(tokenizer)).items():
             (part / name).write_text(text, encoding="utf-8")
-        torch.save(trainer, part / "trainer.pt")
-        prep.write_checksums(part)
-        for path in (out / "metrics.jsonl", *part.iterdir(), part):  # the log first: it is never behind a checkpoint
+        torch.save(trainer._asdict(), part / "trainer.pt")
+        prep.add_checksums(part, CHECKPOINT_FILES)
+        log = [path for path in [out / "metrics.jsonl"] if path.exists()]  # it is never behind a checkpoint
+        for path in (*log, *part.iterdir(), part):
             prep.synchronize(path)
     except (OSError, RuntimeError, SafetensorError) as error:
-        shutil.rmtree(part, ignore_errors=True)
-        raise OSError(f"{final} could not be written ({error}); make room, then continue with --resume") from error
-    shutil.rmtree(final, ignore_errors=True)  # a damaged one that was passed over
+        prep.discard(part)
+        raise OSError(f"{final} could not be written: {error}; then continue with --resume") from error
+    prep.discard(final)  # a damaged one that was skipped
     part.rename(final)
     prep.synchronize(out)
-    found = prep.checkpoints(out)
-    until_now = found[: found.index(final) + 1]  # a later one is damaged and was passed over
+    found = gpt.checkpoints(out)
+    until_now = found[: found.index(final) + 1]  # a later one is damaged and was skipped
     for old in until_now[:-keep] if keep else []:
-        shutil.rmtree(old)
+        prep.discard(old)
+
+
+def load_trainer(checkpoint: Path) -> Trainer:
+    """What save_checkpoint was given. Raises ValueError when that is damaged, or another version's."""
+    path = checkpoint / "trainer.pt"
+    with prep.reading(path):
+        trainer = Trainer(**torch.load(path, map_location="cpu", weights_only=True, mmap=True))
+        for name, kind in Trainer.__annotations__.items():
+            if not isinstance(value := getattr(trainer, name), kind):
+                raise TypeError(f"{name} is {type(value).__name__}, not {kind.__name__}")
+        check_config(TrainConfig(**trainer.config))
+        return trainer._replace(updates=[(float(loss), float(seconds)) for loss, seconds in trainer.updates])
+
+
+def load_optimizer(optimizer: Optimizer, scaler: torch.amp.GradScaler, trainer: Trainer, source: Path) -> None:
+    """Give the optimizer and float16's scaler the state of a checkpoint. Raises ValueError when it does not fit."""
+    with prep.reading(source / "trainer.pt"):
+        optimizer.load_state_dict(trainer.optimizer)
+        local = getattr(optimizer, "optim", optimizer)  # this rank's part of a ZeroRedundancyOptimizer
+        if local is not optimizer:
+            optimizer.state.clear()  # a second copy of it
+        for parameter, values in local.state.items():
+            values["step"] = values["step"].to(parameter.device)  # ZeroRedundancyOptimizer puts it on the CPU
+            if not values["exp_avg"].shape == values["exp_avg_sq"].shape == parameter.shape:
+                raise ValueError("the optimizer's state does not fit the model")
+        if scaler.is_enabled() and trainer.scaler:
+            scaler.load_state_dict(trainer.scaler)
 
 
 def find_source(config: TrainConfig) -> tuple[Path | None, bool]:
-    """Where the weights come from (None: a new model), and whether the run resumes there. Damaged checkpoints are named
-    and passed over. Raises FileExistsError for a run that is there and not to be resumed, FileNotFoundError for weights
-    that are not there, ValueError for damaged ones."""
-    out, found = Path(config.out), prep.checkpoints(Path(config.out))
+    """Return the directory to load weights from (None: new model) and whether to resume from it. Damaged checkpoints
+    are reported and skipped. Raises FileExistsError for a run that is there and not to be resumed, FileNotFoundError
+    for weights that are not there, ValueError for damaged ones."""
+    out, found = Path(config.out), gpt.checkpoints(Path(config.out))
     log = out / "metrics.jsonl"
-    begun = found or (log.exists() and b"train_loss" in log.read_bytes())
+    begun = found or (log.is_file() and b"train_loss" in log.read_bytes())
     if begun and not config.resume and not config.eval_only:
-        raise FileExistsError(f"{out} already holds a run; continue it with --resume, or give another --out")
+        raise FileExistsError(f"{out} already contains a run; add --resume to continue it, or choose another --out")
     if config.resume or (config.eval_only and not config.init_from):
-        for checkpoint in reversed(found):
-            try:
-                prep.check_checksums(checkpoint, CHECKPOINT_FILES)
-                return checkpoint, not config.eval_only
-            except (ValueError, OSError) as error:
-                say(f"warning: {error}; passing over {checkpoint.name}")
-        if found or config.eval_only:
-            raise ValueError(f"{out} has no whole checkpoint; give another --out to begin anew, or --init-from")
-    return (prep.model_directory(config.init_from), False) if config.init_from else (None, False)
+        if checkpoint := gpt.newest_checkpoint(out, partial(prep.is_intact, names=CHECKPOINT_FILES)):
+            return checkpoint, not config.eval_only
+        if found:
+            raise ValueError(f"none of the checkpoints in {out} is intact")
+        if config.eval_only:
+            raise FileNotFoundError(f"{out} has no checkpoint; give --init-from, or another --out")
+    return find_model(config.init_from) if config.init_from else None, False
 
 
-def load_trainer(config: TrainConfig, given: dict[str, Any], checkpoint: Path) -> tuple[TrainConfig, dict]:
-    """A checkpoint's settings, with those `given` that may change, and what save_checkpoint was given as `trainer`.
-    Raises ValueError when that is damaged, or when others were given."""
-    try:
-        trainer = torch.load(checkpoint / "trainer.pt", map_location="cpu", weights_only=True, mmap=True)
-        saved = {item.name: trainer["config"][item.name] for item in fields(config)}
-    except Exception as error:  # torch.load raises many kinds for a file that is not one of its own
-        raise ValueError(f"{checkpoint}/trainer.pt is damaged ({type(error).__name__})") from error
+def find_model(name: str) -> Path:
+    """A model by its directory, a run's directory (its newest intact checkpoint) or one of OpenAI's names."""
+    return gpt.newest_checkpoint(Path(name), prep.is_intact) or prep.model_directory(name)
+
+
+def saved_config(config: TrainConfig, given: dict[str, Any], trainer: Trainer, source: Path) -> TrainConfig:
+    """The settings of a checkpoint, with those `given` instead. Raises ValueError if one of them would change what a
+    resumed run computes."""
+    saved = trainer.config
     fixed = [item.name for item in fields(config) if item.metadata["fixed"] and item.name in given]
     changed = [f"--{n.replace('_', '-')} was {saved[n]} and is now {given[n]}" for n in fixed if given[n] != saved[n]]
-    if changed:
-        raise ValueError(f"{checkpoint} is from another run: {'; '.join(changed)}")
-    always = {"out": config.out, "resume": True, "micro_batch_size": config.micro_batch_size}
-    return TrainConfig(**(saved | given | always)), trainer
+    if changed and config.resume:
+        advice = f"start a new run with --init-from {source} and another --out"
+        raise ValueError(f"cannot resume {source} with different settings: {'; '.join(changed)}; {advice}")
+    return TrainConfig(**saved | given | {"out": config.out, "resume": config.resume})
 
 
-def open_log(path: Path, step: int) -> TextIO:
-    """Open metrics.jsonl for appending, after dropping lines past `step` and lines that a crash has cut."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+# The log
+
+
+def open_log(path: Path, config: TrainConfig, step: int) -> Callable[[dict], None]:
+    """Return a function that appends an entry to metrics.jsonl, which is made anew if it is gone, and shows it. Lines
+    past `step` are dropped, with the evaluation of `step`, which will come again, and lines that a crash has cut."""
+    if config.tensorboard:
+        from torch.utils.tensorboard import SummaryWriter
+
+        board = SummaryWriter(path.parent, purge_step=step + 1)
     kept = []
-    for line in path.read_bytes().splitlines(keepends=True) if path.exists() else []:
-        with suppress(ValueError):
-            past = prep.read_object(line, path).get("step")
-            kept += [line] if not isinstance(past, int) or past <= step else []
-    prep.write_atomically(path, kept)
-    return open(path, "a", encoding="utf-8", buffering=1)
+    for line in path.read_bytes().splitlines(keepends=True) if step > 0 and path.is_file() else []:
+        try:
+            at = prep.read_object(line, path).get("step", 0)  # the settings have none
+            kept += [line] if at < step or (at == step and b"train_loss" in line) else []
+        except (ValueError, TypeError):
+            say(f"warning: {path} has a damaged line, which is dropped: {line[:60]!r}", sys.stderr)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    prep.write_atomically(path, kept or [json.dumps({"config": asdict(config)}).encode() + b"\n"])
+
+    def record(entry: dict) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "a", encoding="utf-8") as log:
+            log.write(json.dumps(entry) + "\n")
+        say(describe(entry, config))
+        if config.tensorboard:
+            for name in entry.keys() - {"step"}:
+                board.add_scalar(name, math.nan if entry[name] is None else entry[name], entry["step"])
+            board.flush()
+
+    return record
 
 
-def describe(entry: dict, seconds_left: float = 0) -> str:
+def update_entry(config: TrainConfig, step: int, updates: list, lr: float, norm: float, peak: float | None) -> dict:
+    """The log's line of an update: the mean loss and the speed of the (loss, seconds) since the line before. `peak` is
+    the rate in tokens per second at an MFU of 1."""
+    losses, seconds = zip(*updates, strict=True)
+    rate = config.total_batch_tokens * len(updates) / sum(seconds)
+    entry = {"step": step, "train_loss": math.fsum(losses) / len(losses), "lr": lr}
+    entry |= {"grad_norm": norm if math.isfinite(norm) else None, "tokens_per_second": rate}
+    entry |= {"mfu": rate / peak} if peak else {}
+    return entry | ({"memory_gb": torch.cuda.max_memory_allocated() / 1e9} if torch.cuda.is_initialized() else {})
+
+
+def describe(entry: dict, config: TrainConfig) -> str:
     """An entry of the log for the terminal, within 80 columns: an update on one line; an evaluation as a table."""
     if "train_loss" in entry:
         rate, norm = entry["tokens_per_second"], math.inf if entry["grad_norm"] is None else entry["grad_norm"]
         speed = f"{rate / 1000:,.0f}k tok/s" if rate >= 1e5 else f"{rate:,.0f} tok/s"
         speed += f"  mfu {entry['mfu']:.0%}" if "mfu" in entry else ""
         update = f"step {entry['step']}  loss {entry['train_loss']:.4f}  lr {entry['lr']:.1e}  norm {norm:.2f}"
-        return f"{update}  {speed}  {timedelta(seconds=int(seconds_left))}"
+        left = (config.steps - entry["step"]) * config.total_batch_tokens / rate
+        return f"{update}  {speed}  {prep.clock(left)}"
     lines = [f"step {entry['step']}  evaluation" if "step" in entry else f"evaluation of {entry['evaluated']}"]
     for name, value in entry.items():
-        if isinstance(value, float) and not name.endswith("_se"):
+        if isinstance(value, float) and not name.endswith("_se") and name != "seconds":
             error = f" ± {entry[f'{name}_se']:.4f}" if entry.get(f"{name}_se") else ""
             lines.append(f"  {name:20} {value:10.4f}{error}")
     return "\n".join(lines)
 
 
-def sample_text(model: GPT, tokenizer_name: str, seed: int, device: torch.device) -> str:
-    """100 tokens of unconditional text."""
-    tokenizer = prep.get_tokenizer(tokenizer_name)
-    generator = torch.Generator(device).manual_seed(seed)
-    prompt = torch.tensor([[tokenizer.eot_token]], device=device)
-    model.eval()
-    tokens = gpt.generate(model, prompt, 100, 0.8, top_k=50, generator=generator, stop_token=tokenizer.eot_token)
-    text = tokenizer.decode([int(token) for token in tokens]).removesuffix("<|endoftext|>")
-    model.train()
-    return text
-
-
 # Evaluation
-
-# Of OpenAI's weights, by the notebooks of build-nanogpt (play.ipynb) and llm.c (vislog.ipynb), which do not name their
-# precision; build-nanogpt's hellaswag.py says 0.2955 and 0.4893. The losses are on those projects' validation shards.
-PUBLISHED = {
-    "gpt2": "hellaswag_acc_norm 0.2945; val_loss 3.2924 on fineweb-edu, 3.4250 on fineweb",
-    "gpt2-medium": "hellaswag_acc_norm 0.3752",
-    "gpt2-large": "hellaswag_acc_norm 0.4320",
-    "gpt2-xl": "hellaswag_acc_norm 0.4889",
-}
 
 
 class EvalSet(NamedTuple):
@@ -383,31 +469,29 @@ def read_tasks(name: str, path: Path, tokenizer: tiktoken.Encoding, most: int) -
         prep.check_checksums(path.parent, [path.name])
     rows, scored, labels = [], [], []
     for number, line in enumerate(path.read_bytes().splitlines()[:most], start=1):
-        try:
+        with prep.reading(f"{path}, line {number},"):
             task = prep.read_object(line, "it")
             if name == "lambada":
                 context, last_word = task["text"].rsplit(" ", 1)
                 endings, label = [last_word], 0
             else:
                 context, endings, label = task["ctx"], task["endings"], int(task["label"])
-            if not context or not 0 <= label < len(endings) == (1 if name == "lambada" else 4):
-                raise ValueError("it has no context, or no right ending")
             texts = [context, *(" " + ending for ending in endings)]
-            begin, *ends = tokenizer.encode_ordinary_batch(texts, num_threads=1)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path}, line {number}: not a task of {name}: {error!r}") from error
+            begin, *ends = (tokenizer.encode_ordinary(text) for text in texts)
+            if not begin or not 0 <= label < len(ends) == (1 if name == "lambada" else 4):
+                raise ValueError("it has no context, or no right ending")
         rows += [np.array(begin + end, dtype=np.uint16) for end in ends]
         scored += [len(end) for end in ends]
         labels.append(label)
     if not labels:
-        raise ValueError(f"there are no tasks in {path}")
+        raise ValueError(f"{path} contains no tasks")
     return EvalSet(rows, np.array(scored), np.array(labels))
 
 
 def open_evaluation(config: TrainConfig, split: Split, tokenizer_name: str, block_size: int) -> dict[str, EvalSet]:
     """What an evaluation scores: the first eval_tokens of the validation split, and of the sets beside the data."""
     T, tokenizer = config.sequence_length, prep.get_tokenizer(tokenizer_name)
-    count = min(max(1, config.eval_tokens // T), int(split.first[-1]))
+    count = min(max(1, config.eval_tokens // T), split.sequences)
     rows = read_sequences(split, np.arange(count)).astype(np.uint16)
     text_bytes = int(prep.token_bytes(tokenizer)[rows[:, 1:]].sum(dtype=np.int64))
     sets = {"val": EvalSet(rows, np.full(count, T), text_bytes=text_bytes)}
@@ -421,74 +505,96 @@ def open_evaluation(config: TrainConfig, split: Split, tokenizer_name: str, bloc
 
 
 def score_rows(
-    model: GPT, scorer: Callable | None, name: str, data: EvalSet, job: Job, autocast: torch.autocast
-) -> np.ndarray:
+    model: GPT, scorer: Callable | None, process: Process, autocast: torch.autocast, stopped: Callable, data: EvalSet
+) -> np.ndarray | None:
     """
-    For each row, the loss of its scored tokens, summed in nats, and how many of them are the most likely: (2, rows)
-    float64, over all ranks. Rows too long for the model lose their beginning.
+    Per row: the summed loss of its scored tokens in nats, and how many were the top prediction; (2, rows) float64 over
+    all ranks. Rows longer than the context lose their beginning. None if `stopped()`, which is asked before each batch.
 
     Rows of about the same length share a batch. Batches depend on the rows alone, so the scores are the same on any
     number of ranks. Those of whole sequences have one shape and go to `scorer`, the compiled model.score; the others
     have too many to compile.
     """
-    longest, most = model.config.block_size + 1, 32768 if job.device.type == "cuda" else 2048
+    longest, most = model.config.block_size + 1, 8192 if process.device.type == "cuda" else 2048
     rows = [torch.from_numpy(row[-longest:].astype(np.int64)) for row in data.rows]
     order, batches = sorted(range(len(rows)), key=lambda i: -len(rows[i])), []
     while order:
         size = max(1, most // (len(rows[order[0]]) - 1))
         batches.append(order[:size])
         order = order[size:]
-    mine, began = batches[job.rank :: job.world_size], time.monotonic()
-    scores = torch.zeros(2, len(rows), dtype=torch.float64, device="cuda" if job.device.type == "cuda" else "cpu")
-    for done, batch in enumerate(mine):
-        left = timedelta(seconds=int((time.monotonic() - began) * (len(mine) - done) / max(1, done)))
-        status(f"evaluating {name}: {done / len(mine):.0%}{f', {left} left' if done else ''}")
-        tokens = pad_sequence([rows[i][:-1] for i in batch], batch_first=True)
-        targets = torch.full_like(tokens, -1)
-        for target, i in zip(targets, batch, strict=True):
-            end, count = len(rows[i]) - 1, data.scored[i]
-            target[end - count : end] = rows[i][-count:]
-        places = (targets.ravel() >= 0).nonzero().squeeze(1)
-        whole = len(places) == targets.numel() and len(batch) == len(batches[0])
-        inputs = (tensor.to(job.device) for tensor in (tokens, places, targets.ravel()[places]))
-        with autocast:
-            result = (scorer if scorer and whole else model.score)(*inputs)
-        index = torch.tensor(batch)[places // tokens.size(1)]
-        scores.index_add_(1, index.to(scores.device), result.to(scores.device).double())
-    return all_reduce(scores).numpy()
+    began, scores = time.monotonic(), torch.zeros(2, len(rows), dtype=torch.float64)
+    for turn in range(0, len(batches), process.world_size):
+        left = (time.monotonic() - began) * (len(batches) - turn) / max(1, turn)
+        status(f"evaluating: {turn / len(batches):.0%}{f', {prep.clock(left)} left' if turn else ''}")
+        if stopped():
+            return None
+        for batch in batches[turn : turn + process.world_size][process.rank : process.rank + 1]:
+            tokens = pad_sequence([rows[i][:-1] for i in batch], batch_first=True)
+            scored = [F.pad(rows[i][-n:], (len(rows[i]) - 1 - n, 0), value=-1) for i in batch if (n := data.scored[i])]
+            targets = pad_sequence(scored, batch_first=True, padding_value=-1).ravel()
+            indices = (targets >= 0).nonzero().squeeze(1)
+            whole = len(indices) == len(targets) and len(batch) == len(batches[0])
+            with autocast:
+                score = scorer if scorer and whole else model.score
+                result = score(*(tensor.to(process.device) for tensor in (tokens, indices, targets[indices])))
+            scores.index_add_(1, torch.tensor(batch)[indices // tokens.size(1)], result.cpu().double())
+    return all_reduce(scores.to(process.device) if process.device.type == "cuda" else scores).numpy()
 
 
 @torch.no_grad()
-def evaluate(
-    model: GPT, scorer: Callable | None, sets: dict[str, EvalSet], job: Job, autocast: torch.autocast
-) -> dict[str, float | None]:
+def evaluate(model: GPT, sets: dict[str, EvalSet], score: Callable) -> dict[str, float | None] | None:
     """
-    The metrics of the sets, the same on all ranks; `..._se` is the standard error of a mean over sequences or tasks.
+    The metrics of the sets from the score_rows of each; `..._se` is the standard error of a mean over sequences or
+    tasks. None if one of them was stopped.
 
     "val_loss" is in nats per token, "val_bits_per_byte" per byte of text. "hellaswag_acc" is how often the right ending
     has the smallest summed loss, "hellaswag_acc_norm" the smallest per token. "lambada_acc" is how often all tokens of
     the last word are the most likely, "lambada_perplexity" the exponential of the mean loss of a word.
     """
-    model.eval()
-    per_row, others, metrics = {}, {}, {}
-    for name, data in sets.items():
-        nats, top = score_rows(model, scorer, name, data, job, autocast)
-        if name == "val":
-            per_row["val_loss"] = nats / data.scored
-            others["val_perplexity"] = np.exp(per_row["val_loss"].mean())
-            others["val_bits_per_byte"] = nats.sum() / math.log(2) / max(1, data.text_bytes)
-        elif name == "lambada":
-            per_row["lambada_acc"] = top == data.scored
-            others["lambada_perplexity"] = np.exp(nats.mean())
-        else:
-            by_task = (len(data.labels), -1)
-            per_row["hellaswag_acc"] = nats.reshape(by_task).argmin(axis=1) == data.labels
-            per_row["hellaswag_acc_norm"] = (nats / data.scored).reshape(by_task).argmin(axis=1) == data.labels
-    for name, values in per_row.items():
+    metrics = {}
+
+    def mean(name: str, values: np.ndarray) -> None:
         metrics[name] = values.mean()
         metrics[f"{name}_se"] = values.std(ddof=1) / math.sqrt(len(values)) if len(values) > 1 else math.nan
-    model.train()
-    return {name: float(value) if np.isfinite(value) else None for name, value in (metrics | others).items()}
+
+    set_mode(model, training=False)
+    for name, data in sets.items():
+        if (scores := score(data)) is None:
+            break
+        nats, top = scores
+        if name == "val":
+            mean("val_loss", nats / data.scored)
+            metrics["val_perplexity"] = np.exp(metrics["val_loss"])
+            metrics["val_bits_per_byte"] = nats.sum() / math.log(2) / max(1, data.text_bytes)
+        elif name == "lambada":
+            mean("lambada_acc", top == data.scored)
+            metrics["lambada_perplexity"] = np.exp(nats.mean())
+        else:
+            by_task = (len(data.labels), -1)
+            mean("hellaswag_acc", nats.reshape(by_task).argmin(axis=1) == data.labels)
+            mean("hellaswag_acc_norm", (nats / data.scored).reshape(by_task).argmin(axis=1) == data.labels)
+    set_mode(model, training=True)
+    finite = {name: float(value) if np.isfinite(value) else None for name, value in metrics.items()}
+    return None if scores is None else finite
+
+
+def set_mode(model: GPT, training: bool) -> None:
+    """Training or evaluation. cuDNN's attention plans anew for every shape, and shapes vary in evaluation."""
+    model.train(training)
+    torch.backends.cuda.enable_cudnn_sdp(training)
+
+
+def sample_text(model: GPT, tokenizer_name: str, seed: int, device: torch.device) -> str:
+    """Up to 100 tokens of unconditional text, at most ten lines of it."""
+    tokenizer = prep.get_tokenizer(tokenizer_name)
+    generator = torch.Generator(device).manual_seed(seed)
+    prompt = torch.tensor([[tokenizer.eot_token]], device=device)
+    set_mode(model, training=False)
+    how = {"temperature": 0.8, "top_k": 50, "generator": generator, "stop_token": tokenizer.eot_token}
+    tokens = [int(token) for token in gpt.generate(model, prompt, 100, **how)]
+    set_mode(model, training=True)
+    text = tokenizer.decode(tokens).removesuffix("<|endoftext|>")
+    return "\n".join(["sample:", *(f"  {line}" for line in text.strip("\n").split("\n")[:10])])
 
 
 # The run
@@ -498,7 +604,9 @@ def build_model(config: TrainConfig, source: Path | None, meta: dict) -> GPT:
     """The model in the directory `source`, else a new one. Raises ValueError when it does not fit the data."""
     T, vocab_size = config.sequence_length, meta["vocab_size"]
     if source is None:
-        return GPT(replace(MODEL_SIZES[config.model], block_size=T, vocab_size=vocab_size, dropout=config.dropout))
+        shape = {name: value for name in ("n_layer", "n_head", "n_embd") if (value := getattr(config, name))}
+        shape |= {"block_size": T, "vocab_size": vocab_size, "dropout": config.dropout}
+        return GPT(replace(MODEL_SIZES[config.model], **shape))
     shape, tokenizer = gpt.read_config(source)
     if (tokenizer, shape.vocab_size) != (meta["tokenizer"], vocab_size):
         theirs, ours = f"{tokenizer} tokenizer ({shape.vocab_size})", f"{meta['tokenizer']} tokenizer ({vocab_size})"
@@ -508,14 +616,63 @@ def build_model(config: TrainConfig, source: Path | None, meta: dict) -> GPT:
     return gpt.load_model(source, config.dropout)
 
 
-def fits(size: int, config: TrainConfig, model: GPT, job: Job, autocast: torch.autocast) -> bool:
-    """Whether a GPU has room for a forward and a backward pass of so many sequences, beside the two averages of the
+def expected_shards(data: Path, splits: list[Split], trainer: Trainer | None) -> dict[str, str]:
+    """The shards of a run by name, with the sha256 that each should have ("" where nothing says so). Raises ValueError
+    when they are not those of the run that is resumed."""
+    listed, known = prep.read_checksums(data), trainer.shards if trainer else {}
+    train_names, names = ({path.name for split in part for path in split.paths} for part in (splits[:1], splits))
+    for name in sorted({*known, *train_names}) if trainer else ():
+        if name not in known or not (data / name).exists() or listed.get(name, known[name]) != known[name]:
+            raise ValueError(f"{data / name} is not what the run was trained on; resume with the data of its beginning")
+    return {name: (listed | known).get(name, "") for name in sorted(names)}
+
+
+def begin_shard_check(
+    data: Path, expected: dict[str, str], process: Process, stops: list[int]
+) -> Callable[[], dict[str, str]]:
+    """Compute the sha256 of shards behind the training, each rank its share. Returns a function that waits for all
+    ranks and gives the sums by name; it raises ValueError when one is not as expected, which also stops the run."""
+    share = dict(list(expected.items())[process.rank :: process.world_size])
+    mine = prep.begin(prep.check_checksums, data, share, share)
+    mine.add_done_callback(lambda done: stops.append(signal.SIGTERM) if done.exception() else None)
+
+    @lru_cache
+    def wait() -> dict[str, str]:
+        status("waiting for the check of the shards")
+        everyone = [str(mine.exception()) if mine.exception() else mine.result()] * process.world_size
+        if dist.is_initialized():
+            dist.all_gather_object(everyone, everyone[0])
+        for problem in everyone:
+            if isinstance(problem, str):
+                raise ValueError(problem)
+        return {name: digest for part in everyone for name, digest in part.items()}
+
+    return wait
+
+
+def find_micro_batch_size(config: TrainConfig, model: GPT, process: Process, autocast: torch.autocast) -> int:
+    """The largest micro-batch that the GPUs of all ranks have room for, of 2^17 tokens at most. Found by trying, and
+    uncompiled, since compiling every size takes minutes; a compiled pass needs less. Elsewhere 4,096 tokens: a CPU is
+    no faster with more, and has no memory of its own that could be filled."""
+    on_cuda, share = (
+        process.device.type == "cuda",
+        config.total_batch_tokens // config.sequence_length // process.world_size,
+    )
+    most = min(share, max(1, (2**17 if on_cuda else 4096) // config.sequence_length))
+    sizes = [size for size in range(most, 0, -1) if share % size == 0]
+    while on_cuda and len(sizes) > 1 and not fits(sizes[0], config, model, process.device, autocast):
+        sizes.pop(0)
+    return int(all_reduce(torch.full((), sizes[0], device=process.device), dist.ReduceOp.MIN))
+
+
+def fits(size: int, config: TrainConfig, model: GPT, device: torch.device, autocast: torch.autocast) -> bool:
+    """Whether a GPU has room for a forward and a backward pass of so many sequences, beside the two moments of the
     optimizer, the gradients accumulated before, and DistributedDataParallel's buckets."""
     status(f"trying micro-batches of {size}")
-    torch.cuda.set_per_process_memory_fraction(0.9, job.device)  # the rest is for evaluation, samples and gaps
+    torch.cuda.set_per_process_memory_fraction(0.9, device)  # the rest is for evaluation, samples and gaps
     try:
-        reserved = torch.empty((3 + dist.is_initialized()) * gpt.parameter_count(model), device=job.device)
-        tokens = torch.zeros(size, config.sequence_length, dtype=torch.int64, device=job.device)
+        reserved = torch.empty((3 + dist.is_initialized()) * gpt.parameter_count(model), device=device)
+        tokens = torch.zeros(size, config.sequence_length, dtype=torch.int64, device=device)
         with autocast:
             model(tokens, tokens).backward()
         del reserved
@@ -525,83 +682,97 @@ def fits(size: int, config: TrainConfig, model: GPT, job: Job, autocast: torch.a
     finally:
         model.zero_grad(set_to_none=True)
         torch.cuda.empty_cache()
-        torch.cuda.set_per_process_memory_fraction(1.0, job.device)
+        torch.cuda.set_per_process_memory_fraction(1.0, device)
 
 
-def find_micro_batch_size(config: TrainConfig, model: GPT, job: Job, autocast: torch.autocast) -> int:
-    """The largest micro-batch that the GPUs of all ranks have room for, by trying, uncompiled; 2^17 tokens are enough.
-    Elsewhere 4,096 are: a CPU is no faster with more, and has no memory of its own that could be filled."""
-    on_cuda, share = job.device.type == "cuda", config.total_batch_tokens // config.sequence_length // job.world_size
-    most = min(share, max(1, (2**17 if on_cuda else 4096) // config.sequence_length))
-    sizes = (size for size in range(most, 0, -1) if share % size == 0)
-    size = next((s for s in sizes if not on_cuda or fits(s, config, model, job, autocast)), 1)
-    return int(all_reduce(torch.tensor(size, device=job.device), dist.ReduceOp.MIN))
+def check_finite(step: int, loss: float, norm: float, scale: float, saved: int) -> None:
+    """Raise FloatingPointError when an update must not be applied. A gradient that overflows float16 is skipped by its
+    scaler, until the scale has come down to 1."""
+    if math.isfinite(loss) and (math.isfinite(norm) or scale > 1):
+        return
+    good = f"the last good checkpoint is of step {saved}" if saved else "there is no checkpoint yet"
+    raise FloatingPointError(f"step {step}: loss {loss}, gradient norm {norm}; update not applied, {good}")
+
+
+def announce(config: TrainConfig, size: int, model: GPT, tokens: int, origin: str, how: str) -> None:
+    """What a run is, within 80 columns."""
+    n, T, ranks = (
+        config.total_batch_tokens,
+        config.sequence_length,
+        dist.get_world_size() if dist.is_initialized() else 1,
+    )
+    shape, parts = model.config, f"{n // (size * T * ranks)} x {ranks} micro-batches of {size} x {T} tokens"
+    say(f"{shape.n_layer} layers of {shape.n_embd}, {gpt.parameter_count(model):,} parameters, {origin}; {how}")
+    say(
+        f"{tokens:,} training tokens; {config.steps:,} updates x {n:,} tokens = {config.steps * n / tokens:,.2f} epochs"
+    )
+    say(f"each update: {parts} (accumulation steps x ranks x sequences x tokens)")
 
 
 def train(config: TrainConfig, given: dict[str, Any] | None = None) -> int:
     """
     Run a training, or the rest of one, from the shards in config.data to the log and the checkpoints in config.out; or
-    evaluate alone. A resumed run keeps its saved settings but for those in `given` (None: all of `config`). Returns the
+    only evaluate. A resumed run keeps its saved settings but for those in `given` (None: all of `config`). Returns the
     exit status: 0, or 128 + the signal that interrupted it. Raises FloatingPointError when it diverges, and ValueError
     or OSError with a sentence for the user.
     """
-    # The starting weights, the data, the model
-    out, (source, resuming) = Path(config.out), find_source(config)
-    if resuming:
-        config, state = load_trainer(config, asdict(config) if given is None else given, source)
+    # The starting weights and the data
+    source, resuming = find_source(config)
+    trainer = load_trainer(source) if resuming or (config.eval_only and (source / "trainer.pt").exists()) else None
+    if trainer:
+        config = saved_config(config, asdict(config) if given is None else given, trainer, source)
     check_config(config)
     status(f"reading {source or config.data}")
-    data, T, evaluates = Path(config.data), config.sequence_length, config.eval_every > 0 or config.eval_only
-    meta, val_split = prep.read_meta(data), prep.open_split(data, "val", T) if evaluates else None
+    out, data, T, evaluates = Path(config.out), Path(config.data), config.sequence_length, config.eval_every > 0
+    meta = prep.read_meta(data)
+    val_split = prep.open_split(data, "val", T) if evaluates or config.eval_only else None
     split = val_split if config.eval_only else prep.open_split(data, "train", T)
-    tokens, whole = sum(split.tokens), T * int(split.first[-1])
-    if config.total_batch_tokens > whole and not config.eval_only:
-        problem = f"an update of {config.total_batch_tokens:,} tokens is more than all {whole:,} of {data}"
-        raise ValueError(f"{problem}; take a smaller --total-batch-tokens, or --preset small")
-    if resuming and state["data"] != split.sha256:
-        raise ValueError(f"the shards in {data} are not those that {source} was trained on")
+    if config.total_batch_tokens > (usable := T * split.sequences) and not config.eval_only:
+        problem = (
+            f"{data} has only {usable:,} usable tokens, fewer than the {config.total_batch_tokens:,} of one update"
+        )
+        raise ValueError(f"{problem}; choose a smaller --total-batch-tokens, or --preset book")
+    tokens = sum(split.tokens)
     prep.get_tokenizer(meta["tokenizer"])  # one that cannot be fetched is noticed now
+    expected = expected_shards(data, [split, val_split or split], trainer if resuming else None)
     torch.manual_seed(config.seed)
     model = build_model(config, source, meta)
-    if config.tensorboard:
-        from torch.utils.tensorboard import SummaryWriter
 
     # The processes, and the device of each
-    job = start_job(config.device)
-    device, main_process = job.device, job.rank == 0
-    step = state["step"] if resuming else 0
-    if all_reduce(torch.tensor(step, device=device)) != step * job.world_size:
-        raise FileNotFoundError(f"the ranks see different files in {out}; it must be on a disk that all machines share")
+    process = start_process(config.device)
+    device, main_process = process.device, process.rank == 0
+    step, seconds, updates = (trainer.step, trainer.seconds, trainer.updates) if resuming else (0, 0.0, [])
+    if all_reduce(torch.full((), step, device=device)) != step * process.world_size:
+        raise FileNotFoundError(f"ranks see different files in {out}; put it on a disk that all machines share")
     model.to(device).train()
-    dtype = gpt.choose_dtype(config.dtype, device)
+    dtype = gpt.choose_dtype(config.dtype, device, training=True)
     autocast = torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
     compiles = config.compile if config.compile is not None else device.type == "cuda" and bool(find_spec("triton"))
-    if evaluates:
+    stops = []  # signals that ask the run to stop
+
+    def stopped() -> bool:
+        return all_reduce(torch.full((), len(stops), device=device)).item() > 0
+
+    if val_split:
         sets = open_evaluation(config, val_split, meta["tokenizer"], model.config.block_size)
-        measure = partial(evaluate, model, torch.compile(model.score) if compiles else None, sets, job, autocast)
+        scorer = torch.compile(model.score) if compiles else None
+        measure = partial(evaluate, model, sets, partial(score_rows, model, scorer, process, autocast, stopped))
+    check = begin_shard_check(data, expected, process, stops)
     if config.eval_only:
         entry = {"evaluated": str(source)} | measure()
-        same = [size for size in PUBLISHED if MODEL_SIZES[size] == replace(model.config, dropout=0.0)]
-        lines = [describe(entry), *(f"published for {size}: {PUBLISHED[size]}" for size in same), json.dumps(entry)]
+        check()
         status("")
         if main_process:
-            print("\n".join(lines), flush=True)  # the result, which say() would drop when it cannot be written
+            print(describe(entry, config), json.dumps(entry), sep="\n", flush=True)
         return 0
 
-    # The optimizer, and what a checkpoint says of it
-    zero = config.zero and job.world_size > 1
+    # The optimizer
+    zero = config.zero and process.world_size > 1
     optimizer = gpt.configure_optimizer(model, config.max_lr, config.weight_decay, (0.9, config.beta2), zero)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    losses, size = [], config.micro_batch_size
     if resuming:
-        optimizer.load_state_dict(state["optimizer"])
-        for parameter, values in (optimizer.optim if zero else optimizer).state.items():
-            values["step"] = values["step"].to(parameter.device)  # ZeroRedundancyOptimizer puts it on the CPU
-        scaler.load_state_dict(state["scaler"] or scaler.state_dict())
-        losses = state["losses"]
-        size = size or state["config"]["micro_batch_size"]  # found once, kept: the sums are then of the same parts
-        size = 0 if config.total_batch_tokens % (size * T * job.world_size) else size
-    config = replace(config, micro_batch_size=size or find_micro_batch_size(config, model, job, autocast))
+        load_optimizer(optimizer, scaler, trainer, source)
+    size = config.micro_batch_size or find_micro_batch_size(config, model, process, autocast)
 
     # Compiled, and wrapped for several ranks; `model` stays the plain one, with the same parameters
     runner = torch.compile(model) if compiles else model
@@ -609,55 +780,57 @@ def train(config: TrainConfig, given: dict[str, Any] | None = None) -> int:
         ids = [device] if device.type == "cuda" else None
         runner = DistributedDataParallel(runner, device_ids=ids, gradient_as_bucket_view=True)
     if runner is not model:
-        # A warm-up pass: the first update's rate then leaves compiling out, and DistributedDataParallel, which reorders
-        # its sums after its first backward, has already done so when a run resumes.
+        # Warm-up pass: keeps compilation out of the first timing, and makes DDP settle its reduction order, so that a
+        # resumed run adds gradients in the same order.
         status("compiling" if compiles else "connecting")
-        zeros = torch.zeros(config.micro_batch_size, T, dtype=torch.int64, device=device)
+        zeros = torch.zeros(size, T, dtype=torch.int64, device=device)
         with autocast:
             runner(zeros, zeros.clone()).backward()  # two tensors, as in an update: else it is compiled again
         optimizer.zero_grad(set_to_none=True)
 
-    # The log
-    log = open_log(out / "metrics.jsonl", step or -1) if main_process else None  # a new run evaluates step 0 again
-    board = SummaryWriter(out, purge_step=step + 1) if config.tensorboard and main_process else None
+    # The log, the batches, and what the loop does now and then
+    record = open_log(out / "metrics.jsonl", config, step) if main_process else lambda entry: None
+    origin, dtype_name = f"{'resumed' if resuming else 'started'} from {source or 'scratch'}", str(dtype)[6:]
+    announce(config, size, model, tokens, origin, f"{device.type}, {dtype_name}{', compiled' if compiles else ''}")
     peak = gpt.peak_flops(torch.cuda.get_device_name(), dtype) if device.type == "cuda" else None
-    flops = gpt.flops_per_token(replace(model.config, block_size=T))
-
-    def record(entry: dict, seconds_left: float = 0) -> None:
-        if log:
-            print(json.dumps(entry), file=log)
-        say(describe(entry, seconds_left))
-        for name in entry.keys() - {"step"} if board else ():
-            if entry[name] is not None:
-                board.add_scalar(name, entry[name], entry["step"])
-        if board:
-            board.flush()
+    if peak:  # in tokens per second
+        peak *= process.world_size / gpt.flops_per_token(replace(model.config, block_size=T))
+    steps_left = range(step + 1, config.steps + 1)
+    batches = in_background(lambda step: load_batch(split, config, size, step, process), steps_left, 1, 1)
 
     def due(every: int) -> bool:
-        return step == config.steps or (every > 0 and step % every == 0)
+        return every > 0 and (step % every == 0 or step == config.steps)
 
-    shape, passes = model.config, config.total_batch_tokens // (T * config.micro_batch_size * job.world_size)
-    begins = f"{'resumed' if resuming else 'started'} from {source or 'scratch'}"
-    epochs = config.steps * config.total_batch_tokens / tokens
-    say(f"{shape.n_layer} layers of {shape.n_embd}, {gpt.parameter_count(model):,} parameters, {begins}")
-    say(f"{tokens:,} tokens; {config.steps:,} updates of {config.total_batch_tokens:,} are {epochs:.3g} epochs")
-    how = f"{device.type}, {str(dtype)[6:]}, {'compiled' if compiles else 'not compiled'}"
-    say(f"an update is {passes} x {job.world_size} micro-batches of {config.micro_batch_size} x {T}; {how}")
-    if evaluates and step == 0:
-        record({"step": 0} | measure())
+    def save() -> int:
+        shards = check()
+        status("writing a checkpoint")
+        if zero:
+            optimizer.consolidate_state_dict(to=0)
+        if main_process:
+            states = optimizer.state_dict(), scaler.state_dict()
+            state = Trainer(asdict(config), step, seconds, updates, shards, *states)
+            save_checkpoint(out, model, state, meta["tokenizer"], config.keep_checkpoints)
+            say(f"step {step}  checkpoint {out}/step_{step:06d}")
+        return step
 
-    # The loop: each update trains on total_batch_tokens, of which this rank has its share, in micro-batches
-    saved, bad_norms, stop, times = step, 0, 0, []
-    signals, steps_left = note_signals(), range(step + 1, config.steps + 1)
-    batches = in_background(lambda step: load_batch(split, config, step, job), steps_left, 1, 1)
-    while step < config.steps and not stop:
+    # The loop: each turn evaluates the step reached, if that is due, and makes the next update
+    catch_signals(stops)
+    saved, stop = step, False
+    while True:
+        if due(config.eval_every):
+            metrics = measure()
+            if metrics is None:  # stopped
+                break
+            record({"step": step, "seconds": seconds} | metrics)
+        if step == config.steps or stop:
+            break
         step, began = step + 1, time.perf_counter()
         batch = next(batches).to(device, non_blocking=True)
         lr = learning_rate(step, config)
         for group in optimizer.param_groups:
             group["lr"] = lr
         # Dropout draws from (seed, step, rank), not from what was drawn before: a resumed run draws the same.
-        torch.manual_seed(int(np.random.SeedSequence([config.seed, step, job.rank]).generate_state(1)[0]))
+        torch.manual_seed(int(np.random.SeedSequence([config.seed, step, process.rank]).generate_state(1)[0]))
         loss = torch.zeros((), device=device)
         for i, sequences in enumerate(batch):
             status(f"step {step} of {config.steps}: micro-batch {i + 1} of {len(batch)}")
@@ -672,45 +845,29 @@ def train(config: TrainConfig, given: dict[str, Any] | None = None) -> int:
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
 
         # The one wait for the device, and for the other ranks: an update that is not finite is never applied.
-        sums = all_reduce(torch.stack([loss, norm, torch.tensor(float(len(signals)), device=device)]))
-        loss, norm, stop = (sums / job.world_size).tolist()
-        bad_norms = 0 if math.isfinite(norm) else bad_norms + 1
-        if not math.isfinite(loss) or bad_norms > (FLOAT16_SKIPS if scaler.is_enabled() else 0):
-            good = f"the last good checkpoint in {out} is of step {saved}" if saved else "there is no checkpoint"
-            problem = f"the loss is {loss} and the norm of the gradient {norm}"
-            raise FloatingPointError(f"at step {step} {problem}; the update is not applied, and {good}")
+        sums = all_reduce(torch.stack([loss, norm, torch.full((), float(len(stops)), device=device)]))
+        loss, norm, stop = (sums / process.world_size).tolist()
+        check_finite(step, loss, norm, scaler.get_scale(), saved)
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
 
-        losses.append(loss)
-        times.append(time.perf_counter() - began)
+        updates.append((loss, time.perf_counter() - began))
+        seconds += updates[-1][1]
         if due(config.log_every):
-            seconds = sum(times) / len(times)
-            rate = config.total_batch_tokens / seconds
-            entry = {"step": step, "train_loss": math.fsum(losses) / len(losses), "lr": lr}
-            entry |= {"grad_norm": norm if math.isfinite(norm) else None}  # while float16's scaler looks for its scale
-            entry |= {"tokens_per_second": rate} | ({"mfu": rate * flops / (peak * job.world_size)} if peak else {})
-            record(entry, (config.steps - step) * seconds)
-            losses, times = [], []
-        if evaluates and due(config.eval_every):
-            record({"step": step} | measure())
-        if main_process and config.sample_every and due(config.sample_every):
+            record(update_entry(config, step, updates, lr, norm, peak) | {"seconds": seconds})
+            updates = []
+        if due(config.sample_every) and main_process:
             say(sample_text(model, meta["tokenizer"], config.seed, device))
-        if due(config.checkpoint_every) or stop:
-            status("writing a checkpoint")
-            if zero:
-                optimizer.consolidate_state_dict(to=0)
-            if main_process:
-                state = {"step": step, "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
-                state |= {"config": asdict(config), "data": split.sha256, "losses": losses}
-                save_checkpoint(out, step, model, state, meta["tokenizer"], config.keep_checkpoints)
-                say(f"step {step}  checkpoint {out}/step_{step:06d}")
-            saved = step
+        if due(config.checkpoint_every):
+            saved = save()
+    check()
+    if saved != step:
+        save()
     if step < config.steps:
         say(f"interrupted after step {step}; continue with the same command and --resume")
-        return 128 + (signals[0] if signals else signal.SIGTERM)
-    say(f"{config.steps} steps done; sample from the result with: python sample.py --model {out}/step_{step:06d}")
+        return 128 + (stops[0] if stops else signal.SIGTERM)
+    say(f"{config.steps} steps done; sample from the result with:\n  python sample.py --model={shlex.quote(str(out))}")
     return 0
 
 
@@ -724,7 +881,7 @@ def main(argv: list[str] | None = None) -> None:
     except ValueError as error:
         parser.error(str(error))
 
-    advice = "leave --micro-batch-size out, or take a smaller --model or --sequence-length"
+    advice = "leave --micro-batch-size out, or choose a smaller --model or --sequence-length"
     # The first process writes for all; an evaluation alone writes nothing.
     writes = not config.eval_only and os.environ.get("RANK", "0") == "0"
     with prep.one_line_errors("train.py", advice), prep.locked(Path(config.out)) if writes else nullcontext():
@@ -735,4 +892,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    prep.run(main)
+    main()
