@@ -335,14 +335,19 @@ def tokenize_in_order(
     ahead (tiktoken works outside of Python's lock) while one downloads the next file, to its path."""
     own = threading.local()  # threads that share an Encoding wait for the scratch memory of its regular expression
 
-    def batches() -> Iterator[tuple[list[int], list[str]]]:
-        ahead = begin(download, files[place[0]], paths[place[0]])
-        for index in range(place[0], len(files)):
-            path = ahead.result()
-            ahead = begin(download, files[index + 1], paths[index + 1]) if index + 1 < len(files) else None
-            yield from (([index, i], texts) for i, texts in enumerate(read_batches(path)) if [index, i] >= place)
+    def batches() -> Iterator[tuple[list[int], Any]]:
+        try:
+            ahead = begin(download, files[place[0]], paths[place[0]])
+            for index in range(place[0], len(files)):
+                path = ahead.result()
+                ahead = begin(download, files[index + 1], paths[index + 1]) if index + 1 < len(files) else None
+                yield from (([index, i], texts) for i, texts in enumerate(read_batches(path)) if [index, i] >= place)
+        except Exception as error:  # to be raised in its turn, after the results before it
+            yield place, error
 
-    def tokenize_batch(batch: tuple[list[int], list[str]]) -> tuple[list[int], np.ndarray]:
+    def tokenize_batch(batch: tuple[list[int], Any]) -> tuple[list[int], np.ndarray]:
+        if isinstance(batch[1], Exception):
+            raise batch[1]
         if not hasattr(own, "tokenizer"):
             parts = {"mergeable_ranks": tokenizer._mergeable_ranks, "special_tokens": tokenizer._special_tokens}
             own.tokenizer = tiktoken.Encoding(tokenizer.name, pat_str=tokenizer._pat_str, **parts)
@@ -395,9 +400,7 @@ def read_meta(directory: Path) -> dict:
         return {"tokenizer": "gpt2", "vocab_size": VOCAB_SIZES["gpt2"]}
     if not (directory / "SHA256SUMS").exists():  # of an older version, which kept its checksums in meta.json
         command = f"(cd {shlex.quote(str(directory))} && sha256sum meta.json *.bin > SHA256SUMS)"
-        raise ValueError(
-            f"{directory} has no SHA256SUMS; if it was prepared by an older version, make it with: {command}"
-        )
+        raise ValueError(f"{directory} has no SHA256SUMS; of an older version's data, make it with: {command}")
     check_checksums(directory, ["meta.json"])
     meta = read_object(path.read_bytes(), path)
     if not meta.get("complete"):
@@ -476,15 +479,6 @@ def local_file(path: Path) -> RawFile:
     if not path.name.lower().endswith(FORMATS):
         raise ValueError(f"{path}: unknown format; use {', '.join(FORMATS)}")
     return RawFile(str(path), path.stat().st_size, sha256_of(path))
-
-
-def demo_file(path: Path) -> RawFile:
-    """The topics of Python's own manual, which ships with CPython, one JSON line each."""
-    from pydoc_data.topics import topics
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, [json.dumps({"text": topics[name]}).encode() + b"\n" for name in sorted(topics)])
-    return local_file(path)
 
 
 def list_corpus(settings: dict) -> list[RawFile]:
@@ -716,24 +710,14 @@ def begin(function: Callable, *args: Any) -> Future:
 
 
 def in_background(function: Callable, items: Iterable[Any], threads: int, ahead: int) -> Iterator[Any]:
-    """function(item) for each item, in order, computed by `threads` threads up to `ahead` items in advance. An error of
-    `items` is raised in its turn, after the results before it."""
-    pool, pending, items, problem = ThreadPoolExecutor(threads), deque(), iter(items), None
-    while True:
-        try:
-            item = next(items)
-        except StopIteration:
-            break
-        except Exception as error:
-            problem = error
-            break
+    """function(item) for each item, in order, computed by `threads` threads up to `ahead` items in advance."""
+    pool, pending = ThreadPoolExecutor(threads), deque()
+    for item in items:
         pending.append(pool.submit(function, item))
         if len(pending) > ahead:
             yield pending.popleft().result()
     while pending:
         yield pending.popleft().result()
-    if problem:
-        raise problem
 
 
 # Shared by the scripts: files that are written whole, by one process, and checked when they are read
@@ -855,11 +839,13 @@ def prepare_source(source: str | None, args: argparse.Namespace) -> None:
         if source in EVALUATION_SETS:
             say(f"{source}: {download(FILES[source], out / FILES[source].name)}")
             return add_checksums(out, [FILES[source].name])
-        files = [local_file(Path(path)) for path in args.input or []]
-        if source == "demo":
-            files = [demo_file(out / ".work" / "demo.jsonl")]
-        elif source == "shakespeare":
-            files = [FILES[source]]
+        files = [FILES[source]] if source == "shakespeare" else [local_file(Path(path)) for path in args.input or []]
+        if source == "demo":  # the topics of Python's own manual, which ships with CPython
+            from pydoc_data.topics import topics
+
+            lines = [json.dumps({"text": topics[name]}).encode() + b"\n" for name in sorted(topics)]
+            write_atomically(out / ".demo.jsonl", lines)
+            files = [local_file(out / ".demo.jsonl")]
         tokenizer, most = args.tokenizer or ("byte" if source == "demo" else "gpt2"), args.max_tokens or sys.maxsize
         size = sum(file.size for file in files) or sys.maxsize  # of the hub's corpora, which are larger than needed
         expected = min(most, size // (1 if tokenizer == "byte" else 4))
@@ -875,6 +861,7 @@ def prepare_source(source: str | None, args: argparse.Namespace) -> None:
             "max_tokens": args.max_tokens,
         }  # which decide every byte of the result
         meta = prepare(settings, files, out, args.workers)
+        discard(out / ".demo.jsonl")
     for split in ("val", "train"):
         say(f"{split}: {meta[split]['tokens']:,} tokens in {out}/{split}_*.bin")
     preset = "demo" if source == "demo" else "book" if meta["train"]["tokens"] < 10**7 else "gpt2"
@@ -886,22 +873,17 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, allow_abbrev=False, description=about)
     amount, shard = number(int, 1, 10**15), number(int, 1, 2**31 - 1)
     subset = "of FineWeb: sample-10BT, sample-100BT, sample-350BT, or a dump (default: sample-10BT)"
-    origin = parser.add_mutually_exclusive_group()
-    origin.add_argument(
-        "--source", choices=SOURCES, help="what to download (default: fineweb-edu, hellaswag and lambada)"
-    )
+    add, origin = parser.add_argument, parser.add_mutually_exclusive_group()
+    held_out = "tokens held out for validation (default: 100M, or a tenth of a smaller text)"
+    origin.add_argument("--source", choices=SOURCES, help="(default: fineweb-edu, hellaswag and lambada)")
     origin.add_argument("--input", nargs="+", metavar="FILE", help="your own text: " + ", ".join(FORMATS))
-    parser.add_argument("--subset", default="sample-10BT", help=subset)
-    parser.add_argument("--out", help="directory for the shards (default: data/NAME, after the source)")
-    parser.add_argument("--tokenizer", choices=VOCAB_SIZES, help="(default: gpt2; byte for the demo)")
-    parser.add_argument("--shard-tokens", type=shard, default=10**8, help="tokens in a shard (default: 100M)")
-    parser.add_argument(
-        "--val-tokens", type=amount, help="tokens held out for validation (default: 100M, or a tenth of a smaller text)"
-    )
-    parser.add_argument(
-        "--max-tokens", type=amount, help="stop after this many tokens, including validation (default: all)"
-    )
-    parser.add_argument("--workers", type=number(int, 1, 1024), default=os.cpu_count(), help="(default: one per core)")
+    add("--subset", default="sample-10BT", help=subset)
+    add("--out", help="directory for the shards (default: data/NAME, after the source)")
+    add("--tokenizer", choices=VOCAB_SIZES, help="(default: gpt2; byte for the demo)")
+    add("--shard-tokens", type=shard, default=10**8, help="tokens in a shard (default: 100M)")
+    add("--val-tokens", type=amount, help=held_out)
+    add("--max-tokens", type=amount, help="stop after this many tokens, including validation (default: all)")
+    add("--workers", type=number(int, 1, 1024), default=os.cpu_count(), help="(default: one per core)")
     args = parser.parse_args(argv)
     sources = [args.source] if args.input or args.source else [*EVALUATION_SETS, "fineweb-edu"]
     if args.out == "":

@@ -1356,7 +1356,7 @@ def test_micro_batch_is_found_and_one_too_large_ends_in_one_line(
 ) -> None:
     changes = {"steps": 1, "eval_every": 0, "checkpoint_every": 0, "total_batch_tokens": 2**15}
     found = run_train(data, tmp_path / "found", **changes, micro_batch_size=0)
-    assert "8 x 1 micro-batches of 128" in capsys.readouterr().out  # 4,096 tokens
+    assert "8 accumulation steps x 1 ranks x 128 sequences" in capsys.readouterr().out  # 4,096 tokens
     assert_same_weights(found, run_train(data, tmp_path / "given", **changes, micro_batch_size=64), tolerance=2e-5)
     # Of this size the queries, keys and values of 32,768 tokens alone are 200 MB, more than any heap has in reserve.
     in_use = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")

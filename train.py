@@ -505,15 +505,14 @@ def open_evaluation(config: TrainConfig, split: Split, tokenizer_name: str, bloc
 
 
 def score_rows(
-    model: GPT, scorer: Callable | None, process: Process, autocast: torch.autocast, stopped: Callable, data: EvalSet
+    model: GPT, process: Process, autocast: torch.autocast, stopped: Callable, data: EvalSet
 ) -> np.ndarray | None:
     """
     Per row: the summed loss of its scored tokens in nats, and how many were the top prediction; (2, rows) float64 over
     all ranks. Rows longer than the context lose their beginning. None if `stopped()`, which is asked before each batch.
 
     Rows of about the same length share a batch. Batches depend on the rows alone, so the scores are the same on any
-    number of ranks. Those of whole sequences have one shape and go to `scorer`, the compiled model.score; the others
-    have too many to compile.
+    number of ranks. Nothing is compiled, since every length would be compiled anew.
     """
     longest, most = model.config.block_size + 1, 8192 if process.device.type == "cuda" else 2048
     rows = [torch.from_numpy(row[-longest:].astype(np.int64)) for row in data.rows]
@@ -529,14 +528,12 @@ def score_rows(
         if stopped():
             return None
         for batch in batches[turn : turn + process.world_size][process.rank : process.rank + 1]:
+            ends = [F.pad(rows[i][-n:], (len(rows[i]) - 1 - n, 0), value=-1) for i in batch for n in [data.scored[i]]]
+            targets = pad_sequence(ends, batch_first=True, padding_value=-1).ravel()
             tokens = pad_sequence([rows[i][:-1] for i in batch], batch_first=True)
-            scored = [F.pad(rows[i][-n:], (len(rows[i]) - 1 - n, 0), value=-1) for i in batch if (n := data.scored[i])]
-            targets = pad_sequence(scored, batch_first=True, padding_value=-1).ravel()
             indices = (targets >= 0).nonzero().squeeze(1)
-            whole = len(indices) == len(targets) and len(batch) == len(batches[0])
             with autocast:
-                score = scorer if scorer and whole else model.score
-                result = score(*(tensor.to(process.device) for tensor in (tokens, indices, targets[indices])))
+                result = model.score(*(part.to(process.device) for part in (tokens, indices, targets[indices])))
             scores.index_add_(1, torch.tensor(batch)[indices // tokens.size(1)], result.cpu().double())
     return all_reduce(scores.to(process.device) if process.device.type == "cuda" else scores).numpy()
 
@@ -616,24 +613,19 @@ def build_model(config: TrainConfig, source: Path | None, meta: dict) -> GPT:
     return gpt.load_model(source, config.dropout)
 
 
-def expected_shards(data: Path, splits: list[Split], trainer: Trainer | None) -> dict[str, str]:
-    """The shards of a run by name, with the sha256 that each should have ("" where nothing says so). Raises ValueError
-    when they are not those of the run that is resumed."""
-    listed, known = prep.read_checksums(data), trainer.shards if trainer else {}
-    train_names, names = ({path.name for split in part for path in split.paths} for part in (splits[:1], splits))
-    for name in sorted({*known, *train_names}) if trainer else ():
+def check_shards(
+    data: Path, splits: list[Split], process: Process, stops: list[int], known: dict[str, str] | None
+) -> Callable[[], dict[str, str]]:
+    """Compute the sha256 of the shards of a run behind the training, each rank its share. Returns a function that waits
+    for all ranks and gives the sums by name; it raises ValueError for a shard that is damaged, which also stops the
+    run. Raises ValueError at once when they are not those `known` from the run that is resumed."""
+    names = sorted({path.name for split in splits for path in split.paths})
+    listed = prep.read_checksums(data)
+    for name in sorted({*known, *(path.name for path in splits[0].paths)}) if known is not None else ():
         if name not in known or not (data / name).exists() or listed.get(name, known[name]) != known[name]:
             raise ValueError(f"{data / name} is not what the run was trained on; resume with the data of its beginning")
-    return {name: (listed | known).get(name, "") for name in sorted(names)}
-
-
-def begin_shard_check(
-    data: Path, expected: dict[str, str], process: Process, stops: list[int]
-) -> Callable[[], dict[str, str]]:
-    """Compute the sha256 of shards behind the training, each rank its share. Returns a function that waits for all
-    ranks and gives the sums by name; it raises ValueError when one is not as expected, which also stops the run."""
-    share = dict(list(expected.items())[process.rank :: process.world_size])
-    mine = prep.begin(prep.check_checksums, data, share, share)
+    sums = dict.fromkeys(names, "") | listed | (known or {})
+    mine = prep.begin(prep.check_checksums, data, names[process.rank :: process.world_size], sums)
     mine.add_done_callback(lambda done: stops.append(signal.SIGTERM) if done.exception() else None)
 
     @lru_cache
@@ -651,28 +643,26 @@ def begin_shard_check(
 
 
 def find_micro_batch_size(config: TrainConfig, model: GPT, process: Process, autocast: torch.autocast) -> int:
-    """The largest micro-batch that the GPUs of all ranks have room for, of 2^17 tokens at most. Found by trying, and
-    uncompiled, since compiling every size takes minutes; a compiled pass needs less. Elsewhere 4,096 tokens: a CPU is
-    no faster with more, and has no memory of its own that could be filled."""
-    on_cuda, share = (
-        process.device.type == "cuda",
-        config.total_batch_tokens // config.sequence_length // process.world_size,
-    )
-    most = min(share, max(1, (2**17 if on_cuda else 4096) // config.sequence_length))
+    """The largest micro-batch that the GPUs of all ranks have room for, of 2^17 tokens at most. It is tried uncompiled,
+    since compiling each size takes minutes; a compiled pass needs less. A CPU gets 4,096 tokens: it is no faster with
+    more, and has no memory of its own that could be filled."""
+    T, device = config.sequence_length, process.device
+    share = config.total_batch_tokens // T // process.world_size
+    most = min(share, max(1, (2**17 if device.type == "cuda" else 4096) // T))
     sizes = [size for size in range(most, 0, -1) if share % size == 0]
-    while on_cuda and len(sizes) > 1 and not fits(sizes[0], config, model, process.device, autocast):
+    while device.type == "cuda" and len(sizes) > 1 and not fits(model, sizes[0], T, device, autocast):
         sizes.pop(0)
-    return int(all_reduce(torch.full((), sizes[0], device=process.device), dist.ReduceOp.MIN))
+    return int(all_reduce(torch.full((), sizes[0], device=device), dist.ReduceOp.MIN))
 
 
-def fits(size: int, config: TrainConfig, model: GPT, device: torch.device, autocast: torch.autocast) -> bool:
+def fits(model: GPT, size: int, T: int, device: torch.device, autocast: torch.autocast) -> bool:
     """Whether a GPU has room for a forward and a backward pass of so many sequences, beside the two moments of the
     optimizer, the gradients accumulated before, and DistributedDataParallel's buckets."""
     status(f"trying micro-batches of {size}")
     torch.cuda.set_per_process_memory_fraction(0.9, device)  # the rest is for evaluation, samples and gaps
     try:
         reserved = torch.empty((3 + dist.is_initialized()) * gpt.parameter_count(model), device=device)
-        tokens = torch.zeros(size, config.sequence_length, dtype=torch.int64, device=device)
+        tokens = torch.zeros(size, T, dtype=torch.int64, device=device)
         with autocast:
             model(tokens, tokens).backward()
         del reserved
@@ -685,28 +675,12 @@ def fits(size: int, config: TrainConfig, model: GPT, device: torch.device, autoc
         torch.cuda.set_per_process_memory_fraction(1.0, device)
 
 
-def check_finite(step: int, loss: float, norm: float, scale: float, saved: int) -> None:
+def check_finite(step: int, loss: float, norm: float, scaler: torch.amp.GradScaler, saved: int) -> None:
     """Raise FloatingPointError when an update must not be applied. A gradient that overflows float16 is skipped by its
     scaler, until the scale has come down to 1."""
-    if math.isfinite(loss) and (math.isfinite(norm) or scale > 1):
-        return
-    good = f"the last good checkpoint is of step {saved}" if saved else "there is no checkpoint yet"
-    raise FloatingPointError(f"step {step}: loss {loss}, gradient norm {norm}; update not applied, {good}")
-
-
-def announce(config: TrainConfig, size: int, model: GPT, tokens: int, origin: str, how: str) -> None:
-    """What a run is, within 80 columns."""
-    n, T, ranks = (
-        config.total_batch_tokens,
-        config.sequence_length,
-        dist.get_world_size() if dist.is_initialized() else 1,
-    )
-    shape, parts = model.config, f"{n // (size * T * ranks)} x {ranks} micro-batches of {size} x {T} tokens"
-    say(f"{shape.n_layer} layers of {shape.n_embd}, {gpt.parameter_count(model):,} parameters, {origin}; {how}")
-    say(
-        f"{tokens:,} training tokens; {config.steps:,} updates x {n:,} tokens = {config.steps * n / tokens:,.2f} epochs"
-    )
-    say(f"each update: {parts} (accumulation steps x ranks x sequences x tokens)")
+    if not math.isfinite(loss) or (not math.isfinite(norm) and scaler.get_scale() <= 1):
+        good = f"the last good checkpoint is of step {saved}" if saved else "there is no checkpoint yet"
+        raise FloatingPointError(f"step {step}: loss {loss}, gradient norm {norm}; update not applied, {good}")
 
 
 def train(config: TrainConfig, given: dict[str, Any] | None = None) -> int:
@@ -728,13 +702,9 @@ def train(config: TrainConfig, given: dict[str, Any] | None = None) -> int:
     val_split = prep.open_split(data, "val", T) if evaluates or config.eval_only else None
     split = val_split if config.eval_only else prep.open_split(data, "train", T)
     if config.total_batch_tokens > (usable := T * split.sequences) and not config.eval_only:
-        problem = (
-            f"{data} has only {usable:,} usable tokens, fewer than the {config.total_batch_tokens:,} of one update"
-        )
+        problem = f"{data} has only {usable:,} usable tokens, fewer than one update's {config.total_batch_tokens:,}"
         raise ValueError(f"{problem}; choose a smaller --total-batch-tokens, or --preset book")
-    tokens = sum(split.tokens)
     prep.get_tokenizer(meta["tokenizer"])  # one that cannot be fetched is noticed now
-    expected = expected_shards(data, [split, val_split or split], trainer if resuming else None)
     torch.manual_seed(config.seed)
     model = build_model(config, source, meta)
 
@@ -755,9 +725,8 @@ def train(config: TrainConfig, given: dict[str, Any] | None = None) -> int:
 
     if val_split:
         sets = open_evaluation(config, val_split, meta["tokenizer"], model.config.block_size)
-        scorer = torch.compile(model.score) if compiles else None
-        measure = partial(evaluate, model, sets, partial(score_rows, model, scorer, process, autocast, stopped))
-    check = begin_shard_check(data, expected, process, stops)
+        measure = partial(evaluate, model, sets, partial(score_rows, model, process, autocast, stopped))
+    check = check_shards(data, [split, val_split or split], process, stops, trainer.shards if resuming else None)
     if config.eval_only:
         entry = {"evaluated": str(source)} | measure()
         check()
@@ -790,11 +759,16 @@ def train(config: TrainConfig, given: dict[str, Any] | None = None) -> int:
 
     # The log, the batches, and what the loop does now and then
     record = open_log(out / "metrics.jsonl", config, step) if main_process else lambda entry: None
-    origin, dtype_name = f"{'resumed' if resuming else 'started'} from {source or 'scratch'}", str(dtype)[6:]
-    announce(config, size, model, tokens, origin, f"{device.type}, {dtype_name}{', compiled' if compiles else ''}")
+    n, shape, tokens = config.total_batch_tokens, model.config, sum(split.tokens)
+    kind = f"{device.type}, {str(dtype)[6:]}{', compiled' if compiles else ''}"
+    say(f"{shape.n_layer} layers of {shape.n_embd}, {gpt.parameter_count(model):,} parameters; {kind}")
+    say(f"{'resumed' if resuming else 'started'} from {source or 'scratch'}")
+    say(f"{tokens:,} training tokens; {config.steps:,} updates x {n:,} = {config.steps * n / tokens:,.2f} epochs")
+    passes = n // (size * T * process.world_size)
+    say(f"each update: {passes} accumulation steps x {process.world_size} ranks x {size} sequences x {T} tokens")
     peak = gpt.peak_flops(torch.cuda.get_device_name(), dtype) if device.type == "cuda" else None
     if peak:  # in tokens per second
-        peak *= process.world_size / gpt.flops_per_token(replace(model.config, block_size=T))
+        peak *= process.world_size / gpt.flops_per_token(replace(shape, block_size=T))
     steps_left = range(step + 1, config.steps + 1)
     batches = in_background(lambda step: load_batch(split, config, size, step, process), steps_left, 1, 1)
 
@@ -847,7 +821,7 @@ def train(config: TrainConfig, given: dict[str, Any] | None = None) -> int:
         # The one wait for the device, and for the other ranks: an update that is not finite is never applied.
         sums = all_reduce(torch.stack([loss, norm, torch.full((), float(len(stops)), device=device)]))
         loss, norm, stop = (sums / process.world_size).tolist()
-        check_finite(step, loss, norm, scaler.get_scale(), saved)
+        check_finite(step, loss, norm, scaler, saved)
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
