@@ -42,14 +42,8 @@ class GPTConfig:
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
-        for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
-            value = getattr(self, name)
-            if type(value) is not int or not 1 <= value < 2**24:
-                raise ValueError(f"{name} must be a whole number from 1 to {2**24 - 1:,}, not {value}")
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd ({self.n_embd}) must be a multiple of n_head ({self.n_head})")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout must be at least 0 and below 1, not {self.dropout}")
 
 
 MODEL_SIZES = {
@@ -368,8 +362,10 @@ def read_config(directory: str | Path) -> tuple[GPTConfig, str]:
     path = Path(directory) / "config.json"
     try:
         settings = {"model_type": None} | json.loads(path.read_text(encoding="utf-8"))
-        sizes = ("n_positions", "vocab_size", "n_layer", "n_head", "n_embd")  # GPTConfig's first five, in its order
-        config = GPTConfig(*(settings[name] for name in sizes))
+        sizes = [settings[name] for name in ("n_positions", "vocab_size", "n_layer", "n_head", "n_embd")]
+        if not all(type(size) is int and 1 <= size < 2**24 for size in sizes):
+            raise ValueError(f"its sizes are {sizes}")
+        config = GPTConfig(*sizes)  # the same five, in this order
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{path} does not describe a GPT-2: {error!r}") from error
     for name, wanted in GPT2_SETTINGS.items():

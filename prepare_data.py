@@ -91,7 +91,7 @@ def read_parquet(path: Path) -> Iterator[Any]:
         group = file.metadata.row_group(i)
         columns = [group.column(j) for j in range(group.num_columns)]
         size = sum(column.total_uncompressed_size for column in columns if column.path_in_schema == "text")
-        rows = min(256, max(1, 4 * MOST_BYTES // max(1, size)))  # none of which is larger than the column
+        rows = min(256, max(1, MOST_BYTES // max(1, size)))  # none of which is larger than the column
         for batch in file.iter_batches(rows, row_groups=[i], columns=["text"]):
             yield from batch["text"].to_pylist()
 
@@ -101,25 +101,22 @@ def read_texts(path: Path) -> Iterator[str]:
     MOST_BYTES."""
     name, line, too_large = path.name.lower(), 1, f"a document may have {MOST_BYTES:,} bytes at most"
 
-    def read_lines(file: Any) -> Iterator[Any]:
-        while row := file.readline(MOST_BYTES + 1):
-            if len(row) > MOST_BYTES:
-                raise ValueError(too_large)
-            yield read_object(row, "it").get("text", 0) if row.strip() else None
+    def parse(row: bytes) -> Any:
+        if len(row) > MOST_BYTES:
+            raise ValueError(too_large)
+        return row.decode() if name.endswith(".txt") else read_object(row, "it").get("text", 0) if row.strip() else None
 
     try:
         if name.endswith(".parquet"):
             texts = read_parquet(path)
-        elif name.endswith(".txt"):
-            if path.stat().st_size > MOST_BYTES:
-                raise ValueError(f"a .txt is one document, and {too_large}; make it a .jsonl, one document per line")
-            texts = [path.read_bytes().decode()]
         else:
-            texts = read_lines(gzip.open(path) if name.endswith(".gz") else open(path, "rb"))
+            file = gzip.open(path) if name.endswith(".gz") else open(path, "rb")
+            read = file.read if name.endswith(".txt") else file.readline
+            texts = map(parse, iter(lambda: read(MOST_BYTES + 1), b""))
         for text in texts:
             if not isinstance(text, str | None):
                 raise ValueError('it has no string under "text"')
-            if len((text or "").encode()) > MOST_BYTES:  # JSON can spell half a character, which has no encoding
+            if len((text or "").encode()) > MOST_BYTES:  # or it fails: JSON can spell half a character
                 raise ValueError(too_large)
             yield text or ""
             line += 1
@@ -181,23 +178,20 @@ def hub_address() -> str:
 
 def get(url: str, first: int = 0) -> requests.Response:
     """Ask for a page, or for a file from its byte `first` on. HF_TOKEN is for the hub, and for no other host (requests
-    drops it when a redirect leads to another host). Raises ValueError for a token that cannot be one, and OSError for
-    an answer that another try would not change."""
+    drops it when a redirect leads to another host). Raises ValueError for a token that cannot be one, and
+    requests.RequestException."""
     refused = {"status_forcelist": (408, 429, 500, 502, 503, 504), "raise_on_status": False}
     retries = Retry(8, connect=2, read=2, backoff_factor=1, backoff_max=60, retry_after_max=60, **refused)
     session, token = requests.Session(), os.environ.get("HF_TOKEN", "").strip()
     session.mount("http://", HTTPAdapter(max_retries=retries))
     session.mount("https://", HTTPAdapter(max_retries=retries))
-    if not (token.isascii() and token.isprintable()) or " " in token:
-        raise ValueError("HF_TOKEN contains characters that no token has; copy it again")
-
-    def authorize(request: requests.PreparedRequest) -> requests.PreparedRequest:  # in place of a .netrc
-        request.headers["Authorization"] = f"Bearer {token}"
-        return request
-
+    session.auth = lambda request: request  # else a .netrc would replace the token
     headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={first}-"} if first else {})
-    auth = authorize if token and url.startswith(hub_address() + "/") else None
-    response = session.get(url, headers=headers, auth=auth, stream=True, timeout=(10, 30))
+    if token and url.startswith(hub_address() + "/"):
+        if not (token.isascii() and token.isprintable()) or " " in token:
+            raise ValueError("HF_TOKEN contains characters that no token has; copy it again")
+        headers["Authorization"] = f"Bearer {token}"
+    response = session.get(url, headers=headers, stream=True, timeout=(10, 30))
     response.raise_for_status()
     return response
 
@@ -213,9 +207,9 @@ def unfetched(name: str, error: Exception) -> OSError:
 
 def list_hub(repository: str, folder: str = "") -> list[RawFile]:
     """The files of a folder of `datasets/OWNER/NAME` or `models/OWNER/NAME` on the hub. Raises OSError."""
-    hub, name, files, began, failures = hub_address(), f"list of {repository}{folder}", [], time.monotonic(), 0
+    hub, name = hub_address(), f"list of {repository}{folder}"
     url, base = f"{hub}/api/{repository}/tree/main{folder}", f"{hub}/{repository.removeprefix('models/')}/resolve/main"
-    pages, size = 0, 0
+    files, pages, size, failures, began = [], 0, 0, 0, time.monotonic()
     while url:
         page = b""
         try:
@@ -266,19 +260,18 @@ def download(file: RawFile, path: Path) -> Path:
     have = furthest = part.stat().st_size if part.exists() else 0
     failures = 0
     while have < file.size:
-        problem: Exception = requests.ConnectionError()  # the server closed the connection early
+        problem: Exception = requests.ConnectionError()  # the server has closed the connection early
         try:
             receive(file, part, have)
         except (requests.RequestException, HTTPError) as error:
             problem = error
-            if isinstance(error, requests.HTTPError):
-                if error.response.status_code != 416:
-                    raise unfetched(file.name, error) from error
-                part.unlink(missing_ok=True)  # it is no part of what the server has
+        code = problem.response.status_code if isinstance(problem, requests.HTTPError) else 0
+        if code == 416:
+            part.unlink(missing_ok=True)  # it is no part of what the server has
         have = part.stat().st_size if part.exists() else 0
         failures = 0 if have > furthest else failures + 1
         furthest = max(furthest, have)
-        if failures == 8:
+        if failures == 8 or code not in (0, 416):
             raise unfetched(file.name, problem) from problem
         if failures:
             status(f"fetching {file.name}: {type(problem).__name__}; trying again")

@@ -94,6 +94,12 @@ class TrainConfig:
     keep_checkpoints: int = option(2, "how many checkpoints to keep; 0: all")
     log_every: int = option(1, "log every N updates", 1)
 
+    def __post_init__(self) -> None:
+        for item in fields(self):  # which a checkpoint may have brought
+            value, (least, most) = getattr(self, item.name), item.metadata["range"]
+            if not isinstance(value, item.type) or (item.type in (int, float) and not least <= value <= most):
+                raise ValueError(f"{item.name} cannot be {value!r}")
+
 
 BOOK = TrainConfig(
     data="data/mine",
@@ -138,11 +144,7 @@ def parse_args(parser: argparse.ArgumentParser, argv: list[str] | None) -> tuple
 
 
 def check_config(config: TrainConfig) -> None:
-    """Raise ValueError for an impossible setting, or a batch that cannot be cut as asked."""
-    for item in fields(config):  # which a checkpoint may have brought
-        value, (least, most) = getattr(config, item.name), item.metadata["range"]
-        if not isinstance(value, item.type) or (item.type in (int, float) and not least <= value <= most):
-            raise ValueError(f"{item.name} cannot be {value!r}")
+    """Raise ValueError for settings that do not go together, or a batch that cannot be cut as asked."""
     if config.min_lr > config.max_lr:
         raise ValueError(f"--min-lr ({config.min_lr}) must not be more than --max-lr ({config.max_lr})")
     world_size = max(1, int(os.environ.get("WORLD_SIZE", "1")))
@@ -333,7 +335,7 @@ def load_trainer(checkpoint: Path) -> Trainer:
         for name, kind in Trainer.__annotations__.items():
             if not isinstance(value := getattr(trainer, name), kind):
                 raise TypeError(f"{name} is {type(value).__name__}, not {kind.__name__}")
-        check_config(TrainConfig(**trainer.config))
+        TrainConfig(**trainer.config)  # checks its types and ranges
         return trainer._replace(updates=[(float(loss), float(seconds)) for loss, seconds in trainer.updates])
 
 
@@ -728,8 +730,9 @@ def train(config: TrainConfig, given: dict[str, Any] | None = None) -> int:
         measure = partial(evaluate, model, sets, partial(score_rows, model, process, autocast, stopped))
     check = check_shards(data, [split, val_split or split], process, stops, trainer.shards if resuming else None)
     if config.eval_only:
-        entry = {"evaluated": str(source)} | measure()
+        metrics = measure()
         check()
+        entry = {"evaluated": str(source)} | metrics
         status("")
         if main_process:
             print(describe(entry, config), json.dumps(entry), sep="\n", flush=True)
