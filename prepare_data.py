@@ -328,12 +328,14 @@ def tokenize_in_order(
     ahead (tiktoken works outside of Python's lock) while one downloads the next file, to its path."""
     own = threading.local()  # threads that share an Encoding wait for the scratch memory of its regular expression
 
+    def fetch(index: int) -> Future | None:
+        return begin(download, files[index], paths[index]) if index < len(files) else None
+
     def batches() -> Iterator[tuple[list[int], Any]]:
         try:
-            ahead = begin(download, files[place[0]], paths[place[0]])
+            ahead = fetch(place[0])
             for index in range(place[0], len(files)):
-                path = ahead.result()
-                ahead = begin(download, files[index + 1], paths[index + 1]) if index + 1 < len(files) else None
+                path, ahead = ahead.result(), fetch(index + 1)
                 yield from (([index, i], texts) for i, texts in enumerate(read_batches(path)) if [index, i] >= place)
         except Exception as error:  # to be raised in its turn, after the results before it
             yield place, error
@@ -539,7 +541,8 @@ def read_progress(out: Path) -> dict:
         for split in ("train", "val"):
             meta[split] = {name: int(meta[split][name]) for name in ("shards", "documents", "tokens", "bytes")}
         files = [RawFile(str(name), int(size), str(sha), str(url)) for name, size, sha, url in meta["files"]]
-        return meta | {"position": [int(i) for i in meta["position"]], "complete": meta["complete"], "files": files}
+        file, batch, token = map(int, meta["position"])
+        return meta | {"position": [file, batch, token], "complete": meta["complete"], "files": files}
 
 
 def open_meta(settings: dict, files: list[RawFile], out: Path) -> dict:
@@ -550,7 +553,7 @@ def open_meta(settings: dict, files: list[RawFile], out: Path) -> dict:
         changed = [f"{name} was {meta.get(name)}, now {now}" for name, now in settings.items() if meta.get(name) != now]
         if changed:
             raise ValueError(f"{out} was prepared with other settings: {'; '.join(changed)}; choose another --out")
-        return meta
+        return meta | settings
     if not meta and any(out.glob("*.bin")):
         raise FileExistsError(f"{out} contains shards that were not prepared by this script; choose another --out")
     empty = {"shards": 0, "documents": 0, "tokens": 0, "bytes": 0}

@@ -317,7 +317,7 @@ def save_checkpoint(out: Path, model: GPT, trainer: Trainer, tokenizer: str, kee
             prep.synchronize(path)
     except (OSError, RuntimeError, SafetensorError) as error:
         prep.discard(part)
-        raise OSError(f"{final} could not be written: {error}; then continue with --resume") from error
+        raise OSError(f"{final} could not be written: {error}; fix that and continue with --resume") from error
     prep.discard(final)  # a damaged one that was skipped
     part.rename(final)
     prep.synchronize(out)
@@ -335,7 +335,10 @@ def load_trainer(checkpoint: Path) -> Trainer:
         for name, kind in Trainer.__annotations__.items():
             if not isinstance(value := getattr(trainer, name), kind):
                 raise TypeError(f"{name} is {type(value).__name__}, not {kind.__name__}")
-        TrainConfig(**trainer.config)  # checks its types and ranges
+        if trainer.config.keys() != asdict(TrainConfig()).keys():
+            raise ValueError("its settings are another version's")
+        if not 0 < trainer.step <= TrainConfig(**trainer.config).steps:  # which checks their types and ranges
+            raise ValueError(f"it is of step {trainer.step}")
         return trainer._replace(updates=[(float(loss), float(seconds)) for loss, seconds in trainer.updates])
 
 
