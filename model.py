@@ -153,12 +153,10 @@ class GPT(nn.Module):
         self, tokens: Tensor, cache: KVCache | None = None, positions: Tensor | None = None, mask: Tensor | None = None
     ) -> Tensor:
         """
-        The trunk: (B, T) tokens to (B, T, C), normalized for the output matrix. Raises ValueError when T is past
-        block_size.
+        (B, T) tokens to (B, T, C), normalized for the output matrix. Raises ValueError when T exceeds block_size.
 
-        With a `cache`, keys and values are written at `positions` (T,), int64, and each token attends to the cache
-        entries where `mask` (T, cache length) is true. Without a mask, the tokens fill the whole cache (prefill) or are
-        its last one (decode).
+        With a `cache`, keys and values are written at `positions` (T,), int64, and a token attends to the entries where
+        `mask` (T, cache length) is true; without a mask, T is the length of the cache (prefill) or 1 (decode).
         """
         T, block_size = tokens.size(1), self.config.block_size
         if block_size < T:
@@ -174,10 +172,8 @@ class GPT(nn.Module):
         return linear(x, self.transformer.wte.weight)[..., : self.config.vocab_size]
 
     def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
-        """
-        tokens (B, T), integer -> logits (B, T, vocab_size); with targets (B, T), int64 -> the mean cross-entropy, a
-        float32 scalar in nats, over the positions whose target is not -1. Raises ValueError when T is past block_size.
-        """
+        """(B, T) tokens -> (B, T, vocab_size) logits; with (B, T) int64 targets -> the mean cross-entropy, a float32
+        scalar in nats, over the positions whose target is not -1. Raises ValueError when T exceeds block_size."""
         x = self.hidden(tokens)
         if targets is None:
             return self.logits(x)
@@ -223,12 +219,8 @@ def parameter_count(model: GPT) -> int:
 
 
 def flops_per_token(config: GPTConfig) -> float:
-    """
-    Floating-point operations per trained token, forward and backward, at the full context: 6 for each weight of a
-    matrix product (the output matrix included, position embeddings and the like not) and 12 * n_layer * n_embd *
-    block_size for attention, of which the causal half is counted too, as is the custom (appendix B of PaLM, Chowdhery
-    et al., 2022).
-    """
+    """Floating-point operations of a training step per token, as appendix B of PaLM counts them (Chowdhery et al.,
+    2022): 6 per weight of a matrix product, and attention over the full context, the masked half included."""
     weights = 12 * config.n_layer * config.n_embd**2 + config.vocab_size * config.n_embd
     return 6 * weights + 12 * config.n_layer * config.n_embd * config.block_size
 
@@ -327,10 +319,8 @@ def newest_run(directory: Path) -> Path:
 
 
 def save_model(model: GPT, directory: str | Path, tokenizer: str = "gpt2") -> None:
-    """
-    Write `model.safetensors` (float32, linear weights as (in, out) like OpenAI's release, no padding rows) and
-    `config.json` to `directory`, which is made if need be. `tokenizer` is the name that `read_config` gives back.
-    """
+    """Write `model.safetensors` (float32, linear weights as (in, out) like OpenAI's release, no padding rows) and
+    `config.json` to `directory`, which is created if missing. `tokenizer` is the name that `read_config` returns."""
     directory, config, tensors = Path(directory), model.config, {}
     directory.mkdir(parents=True, exist_ok=True)
     for name, tensor in model.state_dict().items():
@@ -397,9 +387,9 @@ def load_model(directory: str | Path, dropout: float = 0.0) -> GPT:
         if name == "transformer.wte.weight" and tensor.shape == (config.vocab_size, config.n_embd):
             tensor = F.pad(tensor, (0, 0, 0, parameter.size(0) - config.vocab_size))
         if tensor.shape != parameter.shape:
-            raise ValueError(f"{path}: {name} is {tuple(tensor.shape)}, not as in config.json")
+            raise ValueError(f"{path}: {name} has shape {tuple(tensor.shape)}, which does not match config.json")
         if not tensor.is_floating_point() or not tensor.isfinite().all():
-            raise ValueError(f"{path}: {name} contains NaN, infinity or no floating-point numbers at all")
+            raise ValueError(f"{path}: {name} must hold finite floating-point numbers")
         state[name] = tensor.to(torch.float32).contiguous()
     model.load_state_dict(state, assign=True)
     return model.requires_grad_(True).eval()
@@ -409,10 +399,8 @@ def load_model(directory: str | Path, dropout: float = 0.0) -> GPT:
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """
-    `F.linear`, faster for the few rows of CPU generation: W x^T, with a single row repeated, since BLAS may run a
-    matrix-vector product on one thread. (..., in) to (..., out).
-    """
+    """`F.linear`, (..., in) to (..., out), faster for the few rows of CPU generation: W x^T, with a single row
+    repeated, since BLAS may run a matrix-vector product on one thread."""
     rows = x.numel() // x.size(-1)
     if torch.is_grad_enabled() or rows > 8 or x.device.type != "cpu" or x.dtype != torch.float32:
         return F.linear(x, weight, bias)
@@ -422,11 +410,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def probabilities(logits: Tensor, temperature: float, top_k: int | None, top_p: float | None) -> tuple[Tensor, Tensor]:
-    """
-    (B, V) logits to the distribution that the next token is drawn from: (B, K) float32 probabilities and their (B, K)
-    int64 tokens. The logits are divided by `temperature`, cut to the `top_k` most likely tokens, then to the smallest
-    set whose probability reaches `top_p`, and normalized again. None leaves a cut out.
-    """
+    """(B, V) logits to the (B, K) float32 probabilities of the next token, most likely first, and their (B, K) int64
+    tokens: the `top_k` most likely ones, cut to the smallest set whose probability reaches `top_p`. None: no cut."""
     logits, vocab_size = logits.float() / temperature, logits.size(-1)
     logits, tokens = logits.topk(min(top_k or vocab_size, vocab_size))  # the most likely first
     probs = logits.softmax(dim=-1)
@@ -470,14 +455,11 @@ def generate(
     compiled: bool = False,
 ) -> Iterator[Tensor]:
     """
-    Continue a batch of prompts of one length: from (B, T) tokens, yield the next (B,) int64 up to `max_new_tokens`
-    times.
+    Continue prompts of one length: from (B, T) tokens, yield the next (B,) int64 up to `max_new_tokens` times.
 
-    Keys and values are kept in a preallocated cache, so that a token costs one pass over the weights. When the context
-    is full, its last half becomes the new context. A row that has drawn `stop_token` repeats it; when all rows have,
-    generation ends. `generator` (on the model's device) makes the draws reproducible. `compiled` compiles decoding.
-    The model should be in eval mode. Raises ValueError for an empty prompt, one longer than the context, or a setting
-    out of range.
+    When the context is full, its last half becomes the new context. A row that has drawn `stop_token` repeats it; when
+    all rows have, generation ends. `generator` is on the model's device, `compiled` compiles decoding. The model should
+    be in eval mode. Raises ValueError for an empty prompt, one longer than the context, or a setting out of range.
     """
     config, weight, T = model.config, model.transformer.wte.weight, tokens.size(1)
     if not 1 <= T <= config.block_size:

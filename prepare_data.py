@@ -53,16 +53,13 @@ SHARD_MAGIC, SHARD_VERSION, HEADER_BYTES = 20240520, 1, 1024
 
 @cache
 def get_tokenizer(name: str) -> tiktoken.Encoding:
-    """
-    "gpt2": GPT-2's byte-pair encoding, 50,257 tokens; tiktoken fetches it once (TIKTOKEN_CACHE_DIR says where).
-    "byte": the 256 bytes of UTF-8 and <|endoftext|>, 257 tokens. Raises OSError when an encoding cannot be fetched.
-    """
+    """The encoding "gpt2", fetched once, or "byte", of UTF-8's 256 bytes and <|endoftext|>. Raises OSError."""
     if name == "byte":
         ranks, special = {bytes([i]): i for i in range(256)}, {"<|endoftext|>": 256}
         return tiktoken.Encoding("byte", pat_str=r"(?s:.{1,512})", mergeable_ranks=ranks, special_tokens=special)
     status("loading GPT-2's tokenizer")
     try:
-        return begin(tiktoken.get_encoding, name).result(timeout=120)  # tiktoken itself would wait for ever
+        return begin(tiktoken.get_encoding, name).result(timeout=120)  # tiktoken has no timeout of its own
     except (requests.RequestException, TimeoutError) as error:
         problem = f"GPT-2's tokenizer could not be fetched ({type(error).__name__})"
         raise OSError(f"{problem}; use --tokenizer byte, or point TIKTOKEN_CACHE_DIR at a cache that has it") from error
@@ -99,7 +96,7 @@ def read_parquet(path: Path) -> Iterator[Any]:
 def read_texts(path: Path) -> Iterator[str]:
     """The documents of a file. Raises ValueError, with the place, for what is damaged, not valid Unicode or larger than
     MOST_BYTES."""
-    name, line, too_large = path.name.lower(), 1, f"a document may have {MOST_BYTES:,} bytes at most"
+    name, line, too_large = path.name.lower(), 1, f"a document may be at most {MOST_BYTES:,} bytes"
 
     def parse(row: bytes) -> Any:
         if len(row) > MOST_BYTES:
@@ -141,9 +138,8 @@ def tokenize(texts: list[str], tokenizer: tiktoken.Encoding) -> np.ndarray:
     """
     The tokens of documents, (n,) uint16, each preceded by an <|endoftext|>; one within a text is ordinary text.
 
-    tiktoken's regular expression overflows its stack on several 100,000 consecutive white-space characters, so long
-    texts are cut before the last character of each long run. GPT-2's pattern splits there anyway: the tokens do not
-    change.
+    tiktoken's regular expression overflows its stack on several 100,000 white-space characters in a row, so long texts
+    are cut before the last character of each long run, where GPT-2's pattern splits anyway: the tokens do not change.
     """
     space = r"[^\S\x1c-\x1f]"  # \x1c to \x1f are white space for Python, and not for Rust
     run = rf"(?<!{space}){space}{{1000,}}"
@@ -177,9 +173,8 @@ def hub_address() -> str:
 
 
 def get(url: str, first: int = 0) -> requests.Response:
-    """Ask for a page, or for a file from its byte `first` on. HF_TOKEN is for the hub, and for no other host (requests
-    drops it when a redirect leads to another host). Raises ValueError for a token that cannot be one, and
-    requests.RequestException."""
+    """Request a page, or a file from byte `first` on. HF_TOKEN goes to the hub alone (requests drops it when a redirect
+    leads to another host). Raises ValueError for a token that cannot be one, and requests.RequestException."""
     refused = {"status_forcelist": (408, 429, 500, 502, 503, 504), "raise_on_status": False}
     retries = Retry(8, connect=2, read=2, backoff_factor=1, backoff_max=60, retry_after_max=60, **refused)
     session, token = requests.Session(), os.environ.get("HF_TOKEN", "").strip()
@@ -189,7 +184,7 @@ def get(url: str, first: int = 0) -> requests.Response:
     headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={first}-"} if first else {})
     if token and url.startswith(hub_address() + "/"):
         if not (token.isascii() and token.isprintable()) or " " in token:
-            raise ValueError("HF_TOKEN contains characters that no token has; copy it again")
+            raise ValueError("HF_TOKEN contains characters that cannot occur in a token; copy it again")
         headers["Authorization"] = f"Bearer {token}"
     response = session.get(url, headers=headers, stream=True, timeout=(10, 30))
     response.raise_for_status()
@@ -217,7 +212,7 @@ def list_hub(repository: str, folder: str = "") -> list[RawFile]:
                 while piece := response.raw.read1(1 << 20):
                     page, size = page + piece, size + len(piece)
                     if pages == 100 or size > 1 << 26 or time.monotonic() > began + 300:
-                        raise OSError(f"the {name} does not end; is HF_ENDPOINT a hub?")
+                        raise OSError(f"the {name} never ends; does HF_ENDPOINT point to a hub?")
         except (requests.RequestException, HTTPError) as error:
             failures += 1
             if failures == 3 or isinstance(error, requests.HTTPError):
@@ -231,24 +226,24 @@ def list_hub(repository: str, folder: str = "") -> list[RawFile]:
     return sorted(set(files))
 
 
-def receive(file: RawFile, part: Path, have: int) -> None:
-    """Append to `part` what the server sends from byte `have` on; all of the file, if it does not continue files."""
+def receive(file: RawFile, part: Path) -> None:
+    """Append to `part` what it lacks; a server that does not continue files sends all of it again."""
+    have = part.stat().st_size
     with get(file.url, have) as response:
         continues = response.status_code == 206
         if continues and not response.headers.get("Content-Range", "").startswith(f"bytes {have}-"):
-            raise requests.ConnectionError("the server sends another part than was asked for")
+            raise requests.ConnectionError("the server sent a different part than requested")
         with open(part, "ab" if continues else "wb") as out:
             while out.tell() < file.size and (piece := response.raw.read1(1 << 20)):  # as much as is there
                 out.write(piece)
                 status(f"fetching {file.name}: {out.tell() / 1e6:,.0f} of {file.size / 1e6:,.0f} MB")
+    if part.stat().st_size < file.size:
+        raise requests.ConnectionError("the server closed the connection early")
 
 
 def download(file: RawFile, path: Path) -> Path:
-    """
-    Fetch a file to `path`, continuing what an earlier try left in `path`.part; it gets its name when its size and
-    sha256 are right. Tries again as long as new bytes arrive. What is there with the right sha256 is not fetched again,
-    and a local file is returned as it is. Raises OSError when it cannot be had.
-    """
+    """Fetch a file to `path`, by way of `path`.part, which an earlier try may have left; gives up after 8 tries without
+    a new byte. A local file, or one that is there with the right sha256, is not fetched. Raises OSError."""
     if not file.url:
         return Path(file.name)
     if file.sha256 and path.is_file() and sha256_of(path) == file.sha256:
@@ -257,25 +252,19 @@ def download(file: RawFile, path: Path) -> Path:
     part = path.with_name(path.name + ".part")
     if part.is_symlink():
         part.unlink()
-    have = furthest = part.stat().st_size if part.exists() else 0
-    failures = 0
-    while have < file.size:
-        problem: Exception = requests.ConnectionError()  # the server has closed the connection early
+    part.touch()
+    furthest, failures = part.stat().st_size, 0
+    while part.stat().st_size < file.size:
         try:
-            receive(file, part, have)
+            receive(file, part)
         except (requests.RequestException, HTTPError) as error:
-            problem = error
-        code = problem.response.status_code if isinstance(problem, requests.HTTPError) else 0
-        if code == 416:
-            part.unlink(missing_ok=True)  # it is no part of what the server has
-        have = part.stat().st_size if part.exists() else 0
-        failures = 0 if have > furthest else failures + 1
-        furthest = max(furthest, have)
-        if failures == 8 or code not in (0, 416):
-            raise unfetched(file.name, problem) from problem
-        if failures:
-            status(f"fetching {file.name}: {type(problem).__name__}; trying again")
-            time.sleep(min(60.0, 2.0 ** (failures - 1)))
+            have = part.stat().st_size
+            furthest, failures = max(furthest, have), 0 if have > furthest else failures + 1
+            if failures == 8 or isinstance(error, requests.HTTPError):
+                raise unfetched(file.name, error) from error
+            if failures:
+                status(f"fetching {file.name}: {type(error).__name__}; trying again")
+                time.sleep(min(60.0, 2.0 ** (failures - 1)))
     if part.stat().st_size != file.size or file.sha256 not in ("", sha256_of(part)):
         part.unlink()
         raise OSError(f"{file.name}: the download has the wrong size or sha256; run the same command again")
@@ -284,9 +273,8 @@ def download(file: RawFile, path: Path) -> Path:
 
 
 def model_directory(name_or_dir: str | Path) -> Path:
-    """The directory of a model given by path or by name; OpenAI's models are fetched at their first use, by one process
-    for all. Raises FileNotFoundError when there is no such model, ValueError when it is damaged, OSError when it cannot
-    be fetched."""
+    """The directory of a model, by path or by OpenAI's name, which is fetched at its first use, by one process for all.
+    Raises FileNotFoundError when there is no such model, ValueError when it is damaged, OSError if not fetched."""
     directory = Path(name_or_dir)
     if all((directory / name).exists() for name in MODEL_FILES):
         if any((directory / name).exists() for name in ("SHA256SUMS", "trainer.pt")):  # a checkpoint has its sums
@@ -294,27 +282,25 @@ def model_directory(name_or_dir: str | Path) -> Path:
         return directory
     if str(name_or_dir) not in OPENAI_MODELS:
         missing = f"it has no {' and '.join(MODEL_FILES)}" if directory.is_dir() else "there is no such directory"
-        raise FileNotFoundError(f"{name_or_dir} is not a model: {missing}, nor is it one of {', '.join(OPENAI_MODELS)}")
+        raise FileNotFoundError(
+            f"{name_or_dir} is not a model: {missing}, and it is not one of {', '.join(OPENAI_MODELS)}"
+        )
     home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     if home.startswith("~"):
         raise OSError(f"there is no home directory to keep {name_or_dir} in; set XDG_CACHE_HOME")
     directory = Path(home) / "gpt2" / name_or_dir
 
-    def is_cached() -> bool:
-        with suppress(OSError, ValueError):
-            return bool(check_checksums(directory, MODEL_FILES))
-        return False
-
-    if not is_cached():
-        status(f"waiting for {directory}")
-        with locked(directory, wait=True):
-            if not is_cached():  # by another process meanwhile
-                files = {file.name: file for file in list_hub(f"models/openai-community/{name_or_dir}")}
-                if not files.keys() >= set(MODEL_FILES):
-                    raise OSError(f"the hub does not list {' and '.join(MODEL_FILES)} for {name_or_dir}")
-                for name in MODEL_FILES:
-                    download(files[name], directory / name)
-                add_checksums(directory, MODEL_FILES)
+    with suppress(OSError, ValueError):
+        check_checksums(directory, MODEL_FILES)
+        return directory
+    status(f"waiting for {directory}")
+    with locked(directory, wait=True):  # what another process has fetched meanwhile, `download` leaves as it is
+        files = {file.name: file for file in list_hub(f"models/openai-community/{name_or_dir}")}
+        if not files.keys() >= set(MODEL_FILES):
+            raise OSError(f"the hub does not list {' and '.join(MODEL_FILES)} for {name_or_dir}")
+        for name in MODEL_FILES:
+            download(files[name], directory / name)
+        add_checksums(directory, MODEL_FILES)
     return directory
 
 
@@ -445,7 +431,9 @@ def read_sequences(split: Split, indices: np.ndarray) -> np.ndarray:
         if len(tokens) <= T:
             raise ValueError(f"{split.paths[shard]} was truncated while in use")
         if (largest := tokens.max()) >= split.vocab_size:
-            raise ValueError(f"{split.paths[shard]} holds token {largest}; the vocabulary has {split.vocab_size}")
+            raise ValueError(
+                f"{split.paths[shard]} contains token {largest}, but the vocabulary has only {split.vocab_size} tokens"
+            )
         sequences[row] = tokens
     return sequences
 
@@ -485,7 +473,9 @@ def list_corpus(settings: dict) -> list[RawFile]:
     if not files:
         raise OSError(f"the hub lists no Parquet files for subset {subset} of {settings['source']}")
     before = itertools.accumulate((file.size for file in files), initial=0)
-    return [file for file, size in zip(files, before, strict=False) if 0.2 * size < most]  # a byte has 0.3 tokens
+    return [
+        file for file, size in zip(files, before, strict=False) if 0.2 * size < most
+    ]  # a byte of Parquet has 0.3 tokens; 0.2 is safe
 
 
 def next_shard(meta: dict) -> tuple[str, int]:
@@ -552,10 +542,10 @@ def open_meta(settings: dict, files: list[RawFile], out: Path) -> dict:
     if meta and meta["position"] != start:
         changed = [f"{name} was {meta.get(name)}, now {now}" for name, now in settings.items() if meta.get(name) != now]
         if changed:
-            raise ValueError(f"{out} was prepared with other settings: {'; '.join(changed)}; choose another --out")
+            raise ValueError(f"{out} was prepared with different settings: {'; '.join(changed)}; choose another --out")
         return meta | settings
     if not meta and any(out.glob("*.bin")):
-        raise FileExistsError(f"{out} contains shards that were not prepared by this script; choose another --out")
+        raise FileExistsError(f"{out} contains shards that this script did not write; choose another --out")
     empty = {"shards": 0, "documents": 0, "tokens": 0, "bytes": 0}
     meta = settings | {"vocab_size": VOCAB_SIZES[settings["tokenizer"]], "train": empty, "val": empty}
     meta |= {"complete": False, "position": start, "files": files or list_corpus(settings)}  # a hub may change
@@ -579,18 +569,16 @@ def prepare(settings: dict, files: list[RawFile], out: Path, workers: int) -> di
     *start, skip = meta["position"]
     pieces, (split, room), done, began = [], next_shard(meta), 0, time.monotonic()
     for place, tokens in tokenize_in_order(files, paths, start, tokenizer, workers):
-        if place == start:
-            tokens = tokens[skip:]
-        used = 0
+        used = before = skip if place == start else 0
         while used < len(tokens) and room:
             pieces.append(tokens[used : used + room])
             used, room = used + len(pieces[-1]), room - len(pieces[-1])
             if room == 0:
-                add_shard(out, meta, pieces, split, [*place, used + (skip if place == start else 0)])
+                add_shard(out, meta, pieces, split, [*place, used])
                 pieces, (split, room) = [], next_shard(meta)
                 for path in paths[: place[0]]:  # all of whose tokens are in shards
                     path.unlink(missing_ok=True)
-        done += used
+        done += used - before
         rate = done / (time.monotonic() - began)
         status(f"file {place[0] + 1} of {len(files)}: {done / 1e6:,.1f}M tokens, {rate:,.0f} tokens/s")
         if room == 0:
@@ -599,7 +587,7 @@ def prepare(settings: dict, files: list[RawFile], out: Path, workers: int) -> di
         add_shard(out, meta, pieces, split, [len(files), 0, 0])
     if meta["train"]["tokens"] == 0:
         names, total = ", ".join(file.name for file in files), meta["val"]["tokens"]
-        advice = f"all {total:,} tokens are for validation; choose a smaller --val-tokens and another --out"
+        advice = f"all {total:,} tokens went to validation; choose a smaller --val-tokens and another --out"
         raise ValueError(f"there is no text to train on in {names}: {advice if total else 'it is empty'}")
     if changed := [file.name for file in files if not file.url and sha256_of(Path(file.name)) != file.sha256]:
         raise ValueError(f"{changed[0]} has changed while it was being read; prepare it again, to another --out")
@@ -731,7 +719,7 @@ def locked(directory: Path, wait: bool = False) -> Iterator[None]:
         holder = "another process (perhaps a worker left over from torchrun)"
         raise BlockingIOError(f"{directory} is in use by {holder}; wait, or choose another --out") from error
     except OSError as error:  # a network file system without locks
-        say(f"warning: {directory} cannot be locked ({error}); let only one run write to it", sys.stderr)
+        say(f"warning: {directory} cannot be locked ({error}); make sure only one run writes to it", sys.stderr)
     try:
         yield
     finally:
@@ -861,7 +849,7 @@ def prepare_source(source: str | None, args: argparse.Namespace) -> None:
     for split in ("val", "train"):
         say(f"{split}: {meta[split]['tokens']:,} tokens in {out}/{split}_*.bin")
     preset = "demo" if source == "demo" else "book" if meta["train"]["tokens"] < 10**7 else "gpt2"
-    say(f"train on it with: python train.py --preset {preset} --data={shlex.quote(str(out))}")
+    say(f"train with: python train.py --preset {preset} --data={shlex.quote(str(out))}")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -871,15 +859,19 @@ def main(argv: list[str] | None = None) -> None:
     subset = "of FineWeb: sample-10BT, sample-100BT, sample-350BT, or a dump (default: sample-10BT)"
     add, origin = parser.add_argument, parser.add_mutually_exclusive_group()
     held_out = "tokens held out for validation (default: 100M, or a tenth of a smaller text)"
-    origin.add_argument("--source", choices=SOURCES, help="(default: fineweb-edu, hellaswag and lambada)")
+    origin.add_argument(
+        "--source", choices=SOURCES, help="what to download (default: fineweb-edu and both evaluation sets)"
+    )
     origin.add_argument("--input", nargs="+", metavar="FILE", help="your own text: " + ", ".join(FORMATS))
     add("--subset", default="sample-10BT", help=subset)
-    add("--out", help="directory for the shards (default: data/NAME, after the source)")
+    add("--out", help="directory for one source (default: data/NAME for each)")
     add("--tokenizer", choices=VOCAB_SIZES, help="(default: gpt2; byte for the demo)")
     add("--shard-tokens", type=shard, default=10**8, help="tokens in a shard (default: 100M)")
     add("--val-tokens", type=amount, help=held_out)
     add("--max-tokens", type=amount, help="stop after this many tokens, including validation (default: all)")
-    add("--workers", type=number(int, 1, 1024), default=os.cpu_count(), help="(default: one per core)")
+    add(
+        "--workers", type=number(int, 1, 1024), default=os.cpu_count(), help="tokenizer threads (default: one per core)"
+    )
     args = parser.parse_args(argv)
     sources = [args.source] if args.input or args.source else [*EVALUATION_SETS, "fineweb-edu"]
     if args.out == "":

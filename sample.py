@@ -55,8 +55,7 @@ def sample(args: argparse.Namespace) -> None:
     device, (config, name) = gpt.choose_device(args.device), gpt.read_config(directory)
     tokenizer = prep.get_tokenizer(name)
     if tokenizer.n_vocab != config.vocab_size:
-        problem = f"a vocabulary of {config.vocab_size}, but the {name} tokenizer has {tokenizer.n_vocab}"
-        raise ValueError(f"{directory} has {problem}")
+        raise ValueError(f"{directory} has {config.vocab_size} tokens, but its tokenizer, {name}, {tokenizer.n_vocab}")
     prep.status(f"reading {directory}")
     model = gpt.center_logits(gpt.load_model(directory)).to(device, gpt.choose_dtype(args.dtype, device))
     prep.status("")
@@ -103,12 +102,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--max-new-tokens", type=number(int, 1, 10**6), default=500, help="per sample (default: 500)")
     add("--temperature", type=number(float, 0, 10**6), default=0.8, help="0: the most likely token (default: 0.8)")
     add("--top-k", type=number(int, 0, 10**6), default=50, help="keep the k most likely tokens; 0: all (default: 50)")
-    add(
-        "--top-p",
-        type=number(float, 1e-6, 1),
-        default=1.0,
-        help="sample from the smallest set of tokens with total probability p (default: 1)",
-    )
+    add("--top-p", type=number(float, 1e-6, 1), default=1.0, help="fewest tokens of total probability p (default: 1)")
     add("--seed", type=number(int, 0, 2**63 - 1), default=1337, help="seed of the random draws (default: 1337)")
     add("--device", default="auto", choices=gpt.DEVICES, help="(default: auto)")
     add("--dtype", default="auto", choices=gpt.DTYPES, help="(default: auto)")

@@ -8,7 +8,7 @@ Train a GPT-2 on token shards: on a CPU, on one GPU, or on many under torchrun.
 
 Reads the shards that prepare_data.py or llm.c wrote. Writes to --out: `metrics.jsonl`, one line for each logged update
 and each evaluation, and checkpoints `step_NNNNNN/`, the state after that many updates. The batch of an update depends
-on the seed and the step alone, so a run can be resumed, or cut over another number of GPUs, and remains the same run.
+on the seed and the step alone, so a run can be resumed on a different number of GPUs, and it is still the same run.
 """
 
 import argparse
@@ -62,9 +62,9 @@ class TrainConfig:
 
     data: str = option("data/fineweb-edu", "directory of token shards")
     model: str = option("gpt2", "size of a new model", choices=MODEL_SIZES, fixed=True)
-    n_layer: int = option(0, "layers of a new model; 0: as --model has", fixed=True)
-    n_head: int = option(0, "attention heads of a new model; 0: as --model has", fixed=True)
-    n_embd: int = option(0, "width of a new model; 0: as --model has", fixed=True)
+    n_layer: int = option(0, "layers of a new model; 0: that of --model", fixed=True)
+    n_head: int = option(0, "attention heads of a new model; 0: that of --model", fixed=True)
+    n_embd: int = option(0, "width of a new model; 0: that of --model", fixed=True)
     out: str = option("", "directory for metrics and checkpoints (default: out/NAME for --data data/NAME)")
     resume: bool = option(False, "resume from the newest checkpoint in --out, if any, with its settings")
     init_from: str = option("", "start from these weights: a checkpoint, a run, or gpt2, gpt2-medium, ...")
@@ -138,7 +138,7 @@ def parse_args(parser: argparse.ArgumentParser, argv: list[str] | None) -> tuple
         parser.add_argument("--" + item.name.replace("_", "-"), default=None, help=text, **kwargs)
     given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
     config, runs = replace(PRESETS[given.pop("preset")], **given), Path("out")
-    latest = config.eval_only and config.data == TrainConfig.data and "data" not in given  # as sample.py takes it
+    latest = config.eval_only and config.data == TrainConfig.data  # as sample.py takes it
     follows = gpt.newest_run(runs) if latest else runs / Path(config.data).resolve().name
     return replace(config, out=config.out or str(follows)), given
 
@@ -146,7 +146,7 @@ def parse_args(parser: argparse.ArgumentParser, argv: list[str] | None) -> tuple
 def check_config(config: TrainConfig) -> None:
     """Raise ValueError for settings that do not go together, or a batch that cannot be cut as asked."""
     if config.min_lr > config.max_lr:
-        raise ValueError(f"--min-lr ({config.min_lr}) must not be more than --max-lr ({config.max_lr})")
+        raise ValueError(f"--min-lr ({config.min_lr}) must not exceed --max-lr ({config.max_lr})")
     world_size = max(1, int(os.environ.get("WORLD_SIZE", "1")))
     T, B, total = config.sequence_length, max(1, config.micro_batch_size), config.total_batch_tokens
     if total % (T * B * world_size) and not config.eval_only:
@@ -179,7 +179,7 @@ def start_process(device: str) -> Process:
     chosen = gpt.choose_device(device)
     rank, local_rank, world_size = (int(os.environ.get(name, "0")) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
     if rank >= max(1, world_size):
-        raise ValueError(f"RANK is {rank}, and WORLD_SIZE {world_size}; start several processes with torchrun")
+        raise ValueError(f"RANK is {rank}, but WORLD_SIZE is {world_size}; start several processes with torchrun")
     if chosen.type == "cuda":
         if local_rank >= torch.cuda.device_count():
             raise ValueError(f"{local_rank + 1} processes were started for {torch.cuda.device_count()} GPUs")
@@ -232,8 +232,7 @@ def epoch_order(sequences: int, seed: int, epoch: int) -> np.ndarray:
 
 
 def batch_indices(split: Split, config: TrainConfig, step: int) -> np.ndarray:
-    """Which sequences update `step` uses, in order: (total_batch_tokens / T,) int64. This alone decides the data of a
-    run; how many devices there are does not."""
+    """The sequences of update `step`, in order: (total_batch_tokens / T,) int64, however many devices there are."""
     size, total = config.total_batch_tokens // config.sequence_length, split.sequences
     positions = np.arange((step - 1) * size, step * size)
     epochs = positions // total
@@ -243,8 +242,7 @@ def batch_indices(split: Split, config: TrainConfig, step: int) -> np.ndarray:
 
 
 def load_batch(split: Split, config: TrainConfig, size: int, step: int, process: Process) -> Tensor:
-    """This rank's part of the batch of update `step`: (accumulation steps, micro-batch size, T + 1) int64, on the CPU,
-    in pinned memory where the device is a GPU."""
+    """This rank's part of a batch: (accumulation steps, micro-batch size, T + 1) int64 on the CPU, pinned for a GPU."""
     indices = batch_indices(split, config, step).reshape(-1, process.world_size, size)[:, process.rank]
     batch = torch.from_numpy(read_sequences(split, indices.ravel()).reshape(*indices.shape, -1))
     if process.device.type == "cuda":
@@ -261,12 +259,8 @@ CHECKPOINT_FILES = ("config.json", "model.safetensors", "trainer.pt", *TOKENIZER
 
 @lru_cache
 def tokenizer_files(tokenizer: tiktoken.Encoding) -> dict[str, str]:
-    """
-    The text of a tokenizer's files, by name, as OpenAI published GPT-2's and transformers reads them.
-
-    Each byte is spelled as a character: 188 as the one they are in Latin-1, the others, in order, from chr(256) on. The
-    two parts that a token was merged from are what byte-pair encoding reaches just before the last merge.
-    """
+    """The tokenizer's files by name, as OpenAI published GPT-2's. A byte is spelled as a character: 188 of them as in
+    Latin-1, the others from chr(256) on. A token's last merge is of the two parts that byte-pair encoding leaves."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     ordered = printable + [byte for byte in range(256) if byte not in printable]
     spelling = {byte: chr(byte if i < 188 else 68 + i) for i, byte in enumerate(ordered)}
@@ -286,7 +280,7 @@ def tokenizer_files(tokenizer: tiktoken.Encoding) -> dict[str, str]:
     return dict(zip(TOKENIZER_FILES, (json.dumps(vocab), "\n".join(merges) + "\n", config), strict=True))
 
 
-class Trainer(NamedTuple):
+class TrainState(NamedTuple):
     """What a checkpoint holds beside the model: the state of a run after `step` updates."""
 
     config: dict  # of TrainConfig
@@ -298,12 +292,12 @@ class Trainer(NamedTuple):
     scaler: dict
 
 
-def save_checkpoint(out: Path, model: GPT, trainer: Trainer, tokenizer: str, keep: int) -> None:
+def save_checkpoint(out: Path, model: GPT, trainer: TrainState, tokenizer: str, keep: int) -> None:
     """Write `step_NNNNNN`, under another name until it is whole and on disk, then remove all but the newest `keep`.
     Raises OSError when it cannot be written."""
     final = out / f"step_{trainer.step:06d}"
-    part = out / f"{final.name}.tmp"
-    for stale in (part, *out.glob("step_*.tmp")):
+    part = final.with_suffix(".tmp")
+    for stale in out.glob("step_*.tmp"):
         prep.discard(stale)
     try:
         part.mkdir(parents=True)
@@ -312,8 +306,7 @@ def save_checkpoint(out: Path, model: GPT, trainer: Trainer, tokenizer: str, kee
             (part / name).write_text(text, encoding="utf-8")
         torch.save(trainer._asdict(), part / "trainer.pt")
         prep.add_checksums(part, CHECKPOINT_FILES)
-        log = [path for path in [out / "metrics.jsonl"] if path.exists()]  # it is never behind a checkpoint
-        for path in (*log, *part.iterdir(), part):
+        for path in (*out.glob("metrics.jsonl"), *part.iterdir(), part):  # the log is never behind a checkpoint
             prep.synchronize(path)
     except (OSError, RuntimeError, SafetensorError) as error:
         prep.discard(part)
@@ -327,12 +320,13 @@ def save_checkpoint(out: Path, model: GPT, trainer: Trainer, tokenizer: str, kee
         prep.discard(old)
 
 
-def load_trainer(checkpoint: Path) -> Trainer:
+def load_trainer(checkpoint: Path) -> TrainState:
     """What save_checkpoint was given. Raises ValueError when that is damaged, or another version's."""
     path = checkpoint / "trainer.pt"
+    prep.check_checksums(checkpoint, [path.name])
     with prep.reading(path):
-        trainer = Trainer(**torch.load(path, map_location="cpu", weights_only=True, mmap=True))
-        for name, kind in Trainer.__annotations__.items():
+        trainer = TrainState(**torch.load(path, map_location="cpu", weights_only=True, mmap=True))
+        for name, kind in TrainState.__annotations__.items():
             if not isinstance(value := getattr(trainer, name), kind):
                 raise TypeError(f"{name} is {type(value).__name__}, not {kind.__name__}")
         if trainer.config.keys() != asdict(TrainConfig()).keys():
@@ -342,7 +336,7 @@ def load_trainer(checkpoint: Path) -> Trainer:
         return trainer._replace(updates=[(float(loss), float(seconds)) for loss, seconds in trainer.updates])
 
 
-def load_optimizer(optimizer: Optimizer, scaler: torch.amp.GradScaler, trainer: Trainer, source: Path) -> None:
+def load_optimizer(optimizer: Optimizer, scaler: torch.amp.GradScaler, trainer: TrainState, source: Path) -> None:
     """Give the optimizer and float16's scaler the state of a checkpoint. Raises ValueError when it does not fit."""
     with prep.reading(source / "trainer.pt"):
         optimizer.load_state_dict(trainer.optimizer)
@@ -358,9 +352,8 @@ def load_optimizer(optimizer: Optimizer, scaler: torch.amp.GradScaler, trainer: 
 
 
 def find_source(config: TrainConfig) -> tuple[Path | None, bool]:
-    """Return the directory to load weights from (None: new model) and whether to resume from it. Damaged checkpoints
-    are reported and skipped. Raises FileExistsError for a run that is there and not to be resumed, FileNotFoundError
-    for weights that are not there, ValueError for damaged ones."""
+    """The directory to load weights from (None: new model) and whether to resume from it; damaged checkpoints are
+    skipped. Raises FileExistsError for a run that is not to be resumed, FileNotFoundError or ValueError for weights."""
     out, found = Path(config.out), gpt.checkpoints(Path(config.out))
     log = out / "metrics.jsonl"
     begun = found or (log.is_file() and b"train_loss" in log.read_bytes())
@@ -373,17 +366,13 @@ def find_source(config: TrainConfig) -> tuple[Path | None, bool]:
             raise ValueError(f"none of the checkpoints in {out} is intact")
         if config.eval_only:
             raise FileNotFoundError(f"{out} has no checkpoint; give --init-from, or another --out")
-    return find_model(config.init_from) if config.init_from else None, False
+    if not (name := config.init_from):
+        return None, False
+    return gpt.newest_checkpoint(Path(name), prep.is_intact) or prep.model_directory(name), False
 
 
-def find_model(name: str) -> Path:
-    """A model by its directory, a run's directory (its newest intact checkpoint) or one of OpenAI's names."""
-    return gpt.newest_checkpoint(Path(name), prep.is_intact) or prep.model_directory(name)
-
-
-def saved_config(config: TrainConfig, given: dict[str, Any], trainer: Trainer, source: Path) -> TrainConfig:
-    """The settings of a checkpoint, with those `given` instead. Raises ValueError if one of them would change what a
-    resumed run computes."""
+def saved_config(config: TrainConfig, given: dict[str, Any], trainer: TrainState, source: Path) -> TrainConfig:
+    """A checkpoint's settings with those `given`; ValueError for one that would change what a resumed run computes."""
     saved = trainer.config
     fixed = [item.name for item in fields(config) if item.metadata["fixed"] and item.name in given]
     changed = [f"--{n.replace('_', '-')} was {saved[n]} and is now {given[n]}" for n in fixed if given[n] != saved[n]]
@@ -409,7 +398,7 @@ def open_log(path: Path, config: TrainConfig, step: int) -> Callable[[dict], Non
             at = prep.read_object(line, path).get("step", 0)  # the settings have none
             kept += [line] if at < step or (at == step and b"train_loss" in line) else []
         except (ValueError, TypeError):
-            say(f"warning: {path} has a damaged line, which is dropped: {line[:60]!r}", sys.stderr)
+            say(f"warning: dropped a damaged line of {path}: {line[:60]!r}", sys.stderr)
     path.parent.mkdir(parents=True, exist_ok=True)
     prep.write_atomically(path, kept or [json.dumps({"config": asdict(config)}).encode() + b"\n"])
 
@@ -427,8 +416,7 @@ def open_log(path: Path, config: TrainConfig, step: int) -> Callable[[dict], Non
 
 
 def update_entry(config: TrainConfig, step: int, updates: list, lr: float, norm: float, peak: float | None) -> dict:
-    """The log's line of an update: the mean loss and the speed of the (loss, seconds) since the line before. `peak` is
-    the rate in tokens per second at an MFU of 1."""
+    """An update's entry, over the (loss, seconds) since the entry before; `peak` is in tokens/s, at an MFU of 1."""
     losses, seconds = zip(*updates, strict=True)
     rate = config.total_batch_tokens * len(updates) / sum(seconds)
     entry = {"step": step, "train_loss": math.fsum(losses) / len(losses), "lr": lr}
@@ -484,7 +472,7 @@ def read_tasks(name: str, path: Path, tokenizer: tiktoken.Encoding, most: int) -
             texts = [context, *(" " + ending for ending in endings)]
             begin, *ends = (tokenizer.encode_ordinary(text) for text in texts)
             if not begin or not 0 <= label < len(ends) == (1 if name == "lambada" else 4):
-                raise ValueError("it has no context, or no right ending")
+                raise ValueError("it needs a context, and a label that is one of its endings")
         rows += [np.array(begin + end, dtype=np.uint16) for end in ends]
         scored += [len(end) for end in ends]
         labels.append(label)
@@ -513,11 +501,11 @@ def score_rows(
     model: GPT, process: Process, autocast: torch.autocast, stopped: Callable, data: EvalSet
 ) -> np.ndarray | None:
     """
-    Per row: the summed loss of its scored tokens in nats, and how many were the top prediction; (2, rows) float64 over
-    all ranks. Rows longer than the context lose their beginning. None if `stopped()`, which is asked before each batch.
+    Per row: the summed loss of its scored tokens in nats, and how many were the top prediction; (2, rows) float64, or
+    None once `stopped()`. Rows longer than the context lose their beginning.
 
-    Rows of about the same length share a batch. Batches depend on the rows alone, so the scores are the same on any
-    number of ranks. Nothing is compiled, since every length would be compiled anew.
+    Batches are of rows of similar length and the same on any number of ranks. The model must not be a compiled one,
+    which would be compiled anew for every length.
     """
     longest, most = model.config.block_size + 1, 8192 if process.device.type == "cuda" else 2048
     rows = [torch.from_numpy(row[-longest:].astype(np.int64)) for row in data.rows]
@@ -546,12 +534,11 @@ def score_rows(
 @torch.no_grad()
 def evaluate(model: GPT, sets: dict[str, EvalSet], score: Callable) -> dict[str, float | None] | None:
     """
-    The metrics of the sets from the score_rows of each; `..._se` is the standard error of a mean over sequences or
-    tasks. None if one of them was stopped.
+    The metrics of the sets, or None once `score` gives None; `..._se` is a standard error over sequences or tasks.
 
-    "val_loss" is in nats per token, "val_bits_per_byte" per byte of text. "hellaswag_acc" is how often the right ending
-    has the smallest summed loss, "hellaswag_acc_norm" the smallest per token. "lambada_acc" is how often all tokens of
-    the last word are the most likely, "lambada_perplexity" the exponential of the mean loss of a word.
+    "val_loss" is in nats per token. "hellaswag_acc" is how often the right ending has the smallest summed loss,
+    "hellaswag_acc_norm" the smallest per token. "lambada_acc" is how often all tokens of the last word are the most
+    likely, "lambada_perplexity" the exponential of the mean loss of a word.
     """
     metrics = {}
 
@@ -612,7 +599,7 @@ def build_model(config: TrainConfig, source: Path | None, meta: dict) -> GPT:
     shape, tokenizer = gpt.read_config(source)
     if (tokenizer, shape.vocab_size) != (meta["tokenizer"], vocab_size):
         theirs, ours = f"{tokenizer} tokenizer ({shape.vocab_size})", f"{meta['tokenizer']} tokenizer ({vocab_size})"
-        raise ValueError(f"{source} uses the {theirs}, and {config.data} the {ours}")
+        raise ValueError(f"{source} uses the {theirs}, but {config.data} uses the {ours}")
     if shape.block_size < T:
         raise ValueError(f"--sequence-length {T} is more than {source}'s context of {shape.block_size}")
     return gpt.load_model(source, config.dropout)
@@ -621,19 +608,18 @@ def build_model(config: TrainConfig, source: Path | None, meta: dict) -> GPT:
 def check_shards(
     data: Path, splits: list[Split], process: Process, stops: list[int], known: dict[str, str] | None
 ) -> Callable[[], dict[str, str]]:
-    """Compute the sha256 of the shards of a run behind the training, each rank its share. Returns a function that waits
-    for all ranks and gives the sums by name; it raises ValueError for a shard that is damaged, which also stops the
-    run. Raises ValueError at once when they are not those `known` from the run that is resumed."""
+    """Hash the shards in the background, each rank its share. Returns a function that waits for all ranks and gives the
+    sums by name; it raises ValueError for a damaged shard, which also stops the run. Raises ValueError at once for
+    shards that are not those `known` from the run that is resumed."""
     names = sorted({path.name for split in splits for path in split.paths})
     listed = prep.read_checksums(data)
     for name in sorted({*known, *(path.name for path in splits[0].paths)}) if known is not None else ():
         if name not in known or not (data / name).exists() or listed.get(name, known[name]) != known[name]:
-            raise ValueError(f"{data / name} is not what the run was trained on; resume with the data of its beginning")
+            raise ValueError(f"{data / name} is not what the run was trained on; resume with the original data")
     sums = dict.fromkeys(names, "") | listed | (known or {})
     mine = prep.begin(prep.check_checksums, data, names[process.rank :: process.world_size], sums)
     mine.add_done_callback(lambda done: stops.append(signal.SIGTERM) if done.exception() else None)
 
-    @lru_cache
     def wait() -> dict[str, str]:
         status("waiting for the check of the shards")
         everyone = [str(mine.exception()) if mine.exception() else mine.result()] * process.world_size
@@ -642,15 +628,14 @@ def check_shards(
         for problem in everyone:
             if isinstance(problem, str):
                 raise ValueError(problem)
-        return {name: digest for part in everyone for name, digest in part.items()}
+        return (known or {}) | {name: digest for part in everyone for name, digest in part.items()}
 
     return wait
 
 
 def find_micro_batch_size(config: TrainConfig, model: GPT, process: Process, autocast: torch.autocast) -> int:
-    """The largest micro-batch that the GPUs of all ranks have room for, of 2^17 tokens at most. It is tried uncompiled,
-    since compiling each size takes minutes; a compiled pass needs less. A CPU gets 4,096 tokens: it is no faster with
-    more, and has no memory of its own that could be filled."""
+    """The largest micro-batch, up to 2^17 tokens, that fits on the GPU of every rank, tried uncompiled: compiling each
+    size takes minutes, and a compiled pass needs less memory. On a CPU 4,096 tokens, since more are no faster."""
     T, device = config.sequence_length, process.device
     share = config.total_batch_tokens // T // process.world_size
     most = min(share, max(1, (2**17 if device.type == "cuda" else 4096) // T))
@@ -690,10 +675,9 @@ def check_finite(step: int, loss: float, norm: float, scaler: torch.amp.GradScal
 
 def train(config: TrainConfig, given: dict[str, Any] | None = None) -> int:
     """
-    Run a training, or the rest of one, from the shards in config.data to the log and the checkpoints in config.out; or
-    only evaluate. A resumed run keeps its saved settings but for those in `given` (None: all of `config`). Returns the
-    exit status: 0, or 128 + the signal that interrupted it. Raises FloatingPointError when it diverges, and ValueError
-    or OSError with a sentence for the user.
+    Train, resume or only evaluate, as `config` says. Saved settings stay but for those in `given` (None: all of
+    `config`). Returns the exit status: 0, or 128 + the signal that interrupted it. Raises FloatingPointError when the
+    run diverges, and ValueError or OSError with a sentence for the user.
     """
     # The starting weights and the data
     source, resuming = find_source(config)
@@ -788,7 +772,7 @@ def train(config: TrainConfig, given: dict[str, Any] | None = None) -> int:
             optimizer.consolidate_state_dict(to=0)
         if main_process:
             states = optimizer.state_dict(), scaler.state_dict()
-            state = Trainer(asdict(config), step, seconds, updates, shards, *states)
+            state = TrainState(asdict(config), step, seconds, updates, shards, *states)
             save_checkpoint(out, model, state, meta["tokenizer"], config.keep_checkpoints)
             say(f"step {step}  checkpoint {out}/step_{step:06d}")
         return step
@@ -845,7 +829,7 @@ def train(config: TrainConfig, given: dict[str, Any] | None = None) -> int:
     if saved != step:
         save()
     if step < config.steps:
-        say(f"interrupted after step {step}; continue with the same command and --resume")
+        say(f"interrupted after step {step}; to continue, run the same command with --resume")
         return 128 + (stops[0] if stops else signal.SIGTERM)
     say(f"{config.steps} steps done; sample from the result with:\n  python sample.py --model={shlex.quote(str(out))}")
     return 0
