@@ -212,7 +212,7 @@ def test_flops_per_token_are_what_pytorch_counts() -> None:
 
 @pytest.mark.parametrize(("dtype", "compiled"), [("float32", False), ("bfloat16", False), ("bfloat16", True)])
 def test_loss_and_gradients_are_those_of_the_formula(dtype: str, compiled: bool) -> None:
-    model, tolerance = random_model(GPTConfig(256, 300, 2, 2, 32)), 1e-5 if dtype == "float32" else 3e-2
+    model, tolerance = random_model(GPTConfig(256, 300, 1, 2, 32)), 1e-5 if dtype == "float32" else 3e-2
     with torch.no_grad():
         model.transformer.wte.weight[300:] = 100.0  # padding that would dominate any softmax it had a part in
     tokens, targets = torch.randint(300, (5, 256)), torch.randint(300, (5, 256))  # more than one chunk of rows
@@ -1017,7 +1017,7 @@ def test_a_run_stands_for_its_checkpoint(data: Path, tmp_path: Path, monkeypatch
 
 
 def test_a_compiled_run_is_the_same_and_one_in_bfloat16_is_close(data: Path, tmp_path: Path) -> None:
-    changes = {"checkpoint_every": 0, "sample_every": 3}
+    changes = {"n_layer": 1, "checkpoint_every": 0, "sample_every": 3}
     plain = run_train(data, tmp_path / "plain", **changes)
     compiled = run_train(data, tmp_path / "compiled", **changes, compile=True)
     assert_same_weights(plain, compiled, tolerance=1e-4)
