@@ -196,7 +196,7 @@ def unfetched(name: str, error: Exception) -> OSError:
     code = error.response.status_code if isinstance(error, requests.HTTPError) else 0
     problem = f"the server answers {code}" if code else type(error).__name__
     advice = "set HF_TOKEN to a token with access" if code in (401, 403) else "check its name and address"
-    final = 400 <= code < 500 and code not in (408, 429)
+    final = 400 <= code < 500 and code not in (408, 416, 429)
     return OSError(f"{name}: {problem}; {advice if final else 'run the same command again to continue'}")
 
 
@@ -260,6 +260,8 @@ def download(file: RawFile, path: Path) -> Path:
         except (requests.RequestException, HTTPError) as error:
             have = part.stat().st_size
             furthest, failures = max(furthest, have), 0 if have > furthest else failures + 1
+            if isinstance(error, requests.HTTPError) and error.response.status_code == 416:
+                part.unlink()  # it is not a part of what the server has
             if failures == 8 or isinstance(error, requests.HTTPError):
                 raise unfetched(file.name, error) from error
             if failures:

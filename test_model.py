@@ -68,6 +68,7 @@ from model import GPT, MODEL_SIZES, GPTConfig, checkpoints, generate, load_model
 Patch, Capture = pytest.MonkeyPatch, pytest.CaptureFixture
 TINY = GPTConfig(block_size=16, vocab_size=61, n_layer=2, n_head=2, n_embd=32)
 TIMEOUT = 120  # seconds for any one process; none comes near
+PORTS: list[socket.socket] = []
 FORKS = multiprocessing.get_context("forkserver")  # whose processes are copies of one that has imported all this
 FORKS.set_forkserver_preload(["test_model", "torch._dynamo"])
 
@@ -139,9 +140,11 @@ def limited(kind: int, most: int) -> Iterator[None]:
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """A port to listen on, which nobody else gets as long as this process lives."""
+    PORTS.append(socket.socket())
+    PORTS[-1].setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    PORTS[-1].bind(("127.0.0.1", 0))
+    return PORTS[-1].getsockname()[1]
 
 
 def contents(directory: Path) -> dict[Path, bytes]:
@@ -375,7 +378,7 @@ def site(monkeypatch: Patch) -> Iterator[Site]:
             fault, body = faults.pop(0) if faults else "", content.get(self.path)
             asked = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
             first = int(asked[1]) if asked and "ignore range" not in fault else 0
-            code = {"503": 503, "429": 429, "busy": 429}.get(fault, 206 if first else 200) if body else 404
+            code = {"503": 503, "429": 429, "busy": 429, "416": 416}.get(fault, 206 if first else 200) if body else 404
             part = body[first:] if code < 400 else b""
             headers = {"Content-Length": len(part)} | ({"Retry-After": 99999999} if fault == "busy" else {})
             if code == 206 and fault != "bare 206":
@@ -449,6 +452,16 @@ def test_a_download_that_brings_nothing_new_ends(site: Site, tmp_path: Path, mon
     assert (tmp_path / "a.part").read_bytes() in (content[: len(content) // 2], content)
     site.faults.clear()
     assert prepare_data.download(file, tmp_path / "a").read_bytes() == content
+
+
+def test_a_part_that_the_server_cannot_continue_is_dropped(site: Site, tmp_path: Path) -> None:
+    site.faults[:] = ["416"]
+    site.content["/a"] = b"content"
+    (tmp_path / "a.part").write_bytes(b"other")
+    file = prepare_data.RawFile("a", 7, hashlib.sha256(b"content").hexdigest(), f"{site.url}/a")
+    with pytest.raises(OSError, match=r"^a: .*416.*again"):
+        prepare_data.download(file, tmp_path / "a")
+    assert prepare_data.download(file, tmp_path / "a").read_bytes() == b"content"
 
 
 def test_a_listing_that_is_none_or_does_not_end_is_refused(site: Site) -> None:
@@ -900,8 +913,7 @@ def test_law_6_the_logged_loss_is_the_mean_over_the_batch(data: Path, tmp_path: 
     assert statuses(start_ranks(2, *flags(data, tmp_path / "out", init_from=model, steps=1))) == [0, 0]
     split = prepare_data.open_split(data, "train", 32)
     batch = torch.from_numpy(prepare_data.read_sequences(split, train.batch_indices(split, config, 1)))
-    logits = load_model(model)(batch[:, :-1])
-    expected = F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten()).item()
+    expected = F.cross_entropy(load_model(model)(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten()).item()
     assert read_log(tmp_path / "out")[1]["train_loss"] == pytest.approx(expected, rel=1e-5)
 
 
@@ -952,7 +964,6 @@ def test_run_goes_on_with_other_ranks_and_divided_optimizer(data: Path, tmp_path
     assert [agent.returncode for agent in agents] == [0, 0], outputs
     assert sum("6 steps done" in output for output in outputs) == 1  # rank 0 alone speaks
     assert_same_weights(whole, moved / "step_000006", tolerance=1e-4)
-
     shutil.rmtree(moved / "step_000006")  # written by two ranks with half of the optimizer each, and resumed by one
     assert_same_weights(whole, run_train(data, moved, **changes, resume=True), tolerance=1e-4)
     assert_same_log(tmp_path / "whole", moved, tolerance=1e-4)
@@ -1237,7 +1248,6 @@ def test_train_says_what_is_wrong_in_one_line(data: Path, tmp_path: Path, capsys
     monkeypatch.setitem(sys.modules, "tensorboard", None)
     assert "pip install tensorboard" in refused(tensorboard=True)
     assert not contents(out)  # nothing of all this left anything behind
-
     run_train(data, out)
     before = contents(out)
     assert "--resume" in refused()
