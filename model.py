@@ -367,31 +367,24 @@ def read_config(directory: str | Path) -> tuple[GPTConfig, str]:
 def load_model(directory: str | Path, dropout: float = 0.0) -> GPT:
     """The model in a directory of the hub's layout, in float32 on the CPU and in eval mode. Raises FileNotFoundError
     when there is none, ValueError when what is there is not a whole GPT-2."""
-    config, _ = read_config(directory)
-    path = Path(directory) / "model.safetensors"
-    try:
-        stored = {name.removeprefix("transformer."): tensor for name, tensor in load_file(path).items()}
-    except SafetensorError as error:
-        raise ValueError(f"{path} is damaged or not a safetensors file: {error}") from error
-    if (layers := len({name.split(".")[1] for name in stored if name.startswith("h.")})) != config.n_layer:
-        raise ValueError(f"{path} has {layers} layers, and config.json says {config.n_layer}")
-
+    path, (config, _), state = Path(directory) / "model.safetensors", read_config(directory), {}
     with torch.device("meta"):  # no time spent on an initialization that the file replaces
         model = GPT(replace(config, dropout=dropout))
-    state = {}
-    for name, parameter in model.state_dict().items():
-        tensor = stored.get(name.removeprefix("transformer."))  # the hub's gpt2 has no prefix
-        if tensor is None:
-            raise ValueError(f"{path} has no {name}")
-        tensor = tensor.t() if name.endswith(TRANSPOSED) else tensor
-        if name == "transformer.wte.weight" and tensor.shape == (config.vocab_size, config.n_embd):
-            tensor = F.pad(tensor, (0, 0, 0, parameter.size(0) - config.vocab_size))
-        if tensor.shape != parameter.shape:
-            raise ValueError(f"{path}: {name} has shape {tuple(tensor.shape)}, which does not match config.json")
-        if not tensor.is_floating_point() or not tensor.isfinite().all():
-            raise ValueError(f"{path}: {name} must hold finite floating-point numbers")
-        state[name] = tensor.to(torch.float32).contiguous()
-    model.load_state_dict(state, assign=True)
+    padding = model.transformer.wte.num_embeddings - config.vocab_size
+    try:
+        for key, tensor in load_file(path).items():
+            if key.endswith((".attn.bias", ".attn.masked_bias", "lm_head.weight")):
+                continue  # the mask, and the shared matrix once more
+            name = "transformer." + key.removeprefix("transformer.")  # which the hub's gpt2 lacks
+            if not tensor.is_floating_point() or not tensor.isfinite().all():
+                raise ValueError(f"{key} must hold finite floating-point numbers")
+            tensor = tensor.t() if name.endswith(TRANSPOSED) else tensor
+            tensor = F.pad(tensor, (0, 0, 0, padding)) if name == "transformer.wte.weight" else tensor
+            state[name] = tensor.to(torch.float32).contiguous()
+        model.load_state_dict(state, assign=True)
+    except (SafetensorError, RuntimeError, ValueError) as error:
+        problem = " ".join(str(error).split())[:300]  # of a wrong shape, PyTorch lists every name
+        raise ValueError(f"{path} is damaged, or does not fit config.json: {problem}") from error
     return model.requires_grad_(True).eval()
 
 

@@ -34,12 +34,15 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-import requests
-import tiktoken
-from requests.adapters import HTTPAdapter
-from urllib3.exceptions import HTTPError
-from urllib3.util import Retry
+try:
+    import numpy as np
+    import requests
+    import tiktoken
+    from requests.adapters import HTTPAdapter
+    from urllib3.exceptions import HTTPError
+    from urllib3.util import Retry
+except ModuleNotFoundError as error:
+    sys.exit(f"prepare_data.py: error: {error}; pip install -r requirements.txt")
 
 HUB_DATASETS = {"fineweb-edu": "HuggingFaceFW/fineweb-edu", "fineweb": "HuggingFaceFW/fineweb"}
 OPENAI_MODELS = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
@@ -53,16 +56,13 @@ SHARD_MAGIC, SHARD_VERSION, HEADER_BYTES = 20240520, 1, 1024
 
 @cache
 def get_tokenizer(name: str) -> tiktoken.Encoding:
-    """The encoding "gpt2", fetched once, or "byte", of UTF-8's 256 bytes and <|endoftext|>. Raises OSError."""
+    """The tokenizer "gpt2", fetched once, or "byte": the 256 bytes of UTF-8, and <|endoftext|>. Raises OSError."""
     if name == "byte":
         ranks, special = {bytes([i]): i for i in range(256)}, {"<|endoftext|>": 256}
         return tiktoken.Encoding("byte", pat_str=r"(?s:.{1,512})", mergeable_ranks=ranks, special_tokens=special)
     status("loading GPT-2's tokenizer")
-    try:
+    with fetching("GPT-2's tokenizer", "use --tokenizer byte, or point TIKTOKEN_CACHE_DIR at a cache that has it"):
         return begin(tiktoken.get_encoding, name).result(timeout=120)  # tiktoken has no timeout of its own
-    except (requests.RequestException, TimeoutError) as error:
-        problem = f"GPT-2's tokenizer could not be fetched ({type(error).__name__})"
-        raise OSError(f"{problem}; use --tokenizer byte, or point TIKTOKEN_CACHE_DIR at a cache that has it") from error
 
 
 @cache
@@ -113,7 +113,7 @@ def read_texts(path: Path) -> Iterator[str]:
         for text in texts:
             if not isinstance(text, str | None):
                 raise ValueError('it has no string under "text"')
-            if len((text or "").encode()) > MOST_BYTES:  # or it fails: JSON can spell half a character
+            if len((text or "").encode()) > MOST_BYTES:  # or this fails: JSON can spell half a character
                 raise ValueError(too_large)
             yield text or ""
             line += 1
@@ -138,18 +138,23 @@ def tokenize(texts: list[str], tokenizer: tiktoken.Encoding) -> np.ndarray:
     """
     The tokens of documents, (n,) uint16, each preceded by an <|endoftext|>; one within a text is ordinary text.
 
-    tiktoken's regular expression overflows its stack on several 100,000 white-space characters in a row, so long texts
-    are cut before the last character of each long run, where GPT-2's pattern splits anyway: the tokens do not change.
+    Documents are joined, since one long call keeps a thread out of the others' way; those that are odd go alone.
+    tiktoken's regular expression overflows its stack on a few hundred thousand consecutive spaces, so long texts are
+    cut before the last character of each long run. GPT-2's pattern splits there anyway: the tokens do not change.
     """
-    space = r"[^\S\x1c-\x1f]"  # \x1c to \x1f are white space for Python, and not for Rust
+    mark, space = "<|endoftext|>", r"[^\S\x1c-\x1f]"  # \x1c to \x1f are white space for Python, and not for Rust
     run = rf"(?<!{space}){space}{{1000,}}"
     pieces = [[]]
-    for text in texts:
-        pieces.append([tokenizer.eot_token])
-        ends = [match.end() for match in re.finditer(run, text)] if len(text) > 100_000 else []
-        cuts = [end - 1 for end in ends if end < len(text)]  # the white space that ends a text is one match in any case
-        for start, end in itertools.pairwise([0, *cuts, len(text)]):
-            pieces.append(tokenizer.encode_to_numpy(text[start:end], disallowed_special=()))
+    for odd, group in itertools.groupby(texts, lambda text: len(text) > 100_000 or mark in text):
+        if not odd:
+            pieces.append(tokenizer.encode_to_numpy(mark + mark.join(group), allowed_special="all"))
+            continue
+        for text in group:
+            pieces.append([tokenizer.eot_token])
+            ends = [match.end() for match in re.finditer(run, text)]
+            cuts = [end - 1 for end in ends if end < len(text)]  # white space at the end of a text is one match anyway
+            for start, end in itertools.pairwise([0, *cuts, len(text)]):
+                pieces.append(tokenizer.encode_to_numpy(text[start:end], disallowed_special=()))
     return np.concatenate(pieces, dtype=np.uint16, casting="unsafe")
 
 
@@ -191,33 +196,34 @@ def get(url: str, first: int = 0) -> requests.Response:
     return response
 
 
-def unfetched(name: str, error: Exception) -> OSError:
-    """What to say of a download that failed."""
-    code = error.response.status_code if isinstance(error, requests.HTTPError) else 0
-    problem = f"the server answers {code}" if code else type(error).__name__
-    advice = "set HF_TOKEN to a token with access" if code in (401, 403) else "check its name and address"
-    final = 400 <= code < 500 and code not in (408, 416, 429)
-    return OSError(f"{name}: {problem}; {advice if final else 'run the same command again to continue'}")
+@contextmanager
+def fetching(name: str, advice: str = "run the same command again to continue") -> Iterator[None]:
+    """Whatever fails on the way from a server becomes an OSError that says what to do."""
+    try:
+        yield
+    except (requests.RequestException, HTTPError, TimeoutError) as error:
+        code = error.response.status_code if isinstance(error, requests.HTTPError) else 0
+        if code in (401, 403):
+            advice = "set HF_TOKEN to a token with access"
+        elif 400 <= code < 500 and code not in (408, 416, 429):
+            advice = "check its name and address"
+        problem = f"the server answers {code}" if code else type(error).__name__
+        raise OSError(f"{name} could not be fetched: {problem}; {advice}") from error
 
 
 def list_hub(repository: str, folder: str = "") -> list[RawFile]:
-    """The files of a folder of `datasets/OWNER/NAME` or `models/OWNER/NAME` on the hub. Raises OSError."""
+    """The files of a folder of `datasets/OWNER/NAME` or `models/OWNER/NAME` on the hub. Raises OSError, or ValueError
+    for an answer that is no listing."""
     hub, name = hub_address(), f"list of {repository}{folder}"
     url, base = f"{hub}/api/{repository}/tree/main{folder}", f"{hub}/{repository.removeprefix('models/')}/resolve/main"
-    files, pages, size, failures, began = [], 0, 0, 0, time.monotonic()
+    files, pages, size, began = [], 0, 0, time.monotonic()
     while url:
         page = b""
-        try:
-            with get(url) as response:
-                while piece := response.raw.read1(1 << 20):
-                    page, size = page + piece, size + len(piece)
-                    if pages == 100 or size > 1 << 26 or time.monotonic() > began + 300:
-                        raise OSError(f"the {name} never ends; does HF_ENDPOINT point to a hub?")
-        except (requests.RequestException, HTTPError) as error:
-            failures += 1
-            if failures == 3 or isinstance(error, requests.HTTPError):
-                raise unfetched(name, error) from error
-            continue
+        with fetching(f"the {name}"), get(url) as response:
+            while piece := response.raw.read1(1 << 20):
+                page, size = page + piece, size + len(piece)
+                if pages == 100 or size > 1 << 26 or time.monotonic() > began + 300:
+                    raise OSError(f"the {name} never ends; does HF_ENDPOINT point to a hub?")
         with reading(name):
             for entry in json.loads(page):
                 sha256 = str((entry.get("lfs") or {}).get("oid", ""))
@@ -227,7 +233,7 @@ def list_hub(repository: str, folder: str = "") -> list[RawFile]:
 
 
 def receive(file: RawFile, part: Path) -> None:
-    """Append to `part` what it lacks; a server that does not continue files sends all of it again."""
+    """Append what `part` lacks; a server that ignores ranges sends the whole file again."""
     have = part.stat().st_size
     with get(file.url, have) as response:
         continues = response.status_code == 206
@@ -260,10 +266,11 @@ def download(file: RawFile, path: Path) -> Path:
         except (requests.RequestException, HTTPError) as error:
             have = part.stat().st_size
             furthest, failures = max(furthest, have), 0 if have > furthest else failures + 1
-            if isinstance(error, requests.HTTPError) and error.response.status_code == 416:
-                part.unlink()  # it is not a part of what the server has
-            if failures == 8 or isinstance(error, requests.HTTPError):
-                raise unfetched(file.name, error) from error
+            with fetching(file.name):
+                if isinstance(error, requests.HTTPError) and error.response.status_code == 416:
+                    part.unlink()  # it is not a part of what the server has
+                if failures == 8 or isinstance(error, requests.HTTPError):
+                    raise
             if failures:
                 status(f"fetching {file.name}: {type(error).__name__}; trying again")
                 time.sleep(min(60.0, 2.0 ** (failures - 1)))
@@ -275,18 +282,16 @@ def download(file: RawFile, path: Path) -> Path:
 
 
 def model_directory(name_or_dir: str | Path) -> Path:
-    """The directory of a model, by path or by OpenAI's name, which is fetched at its first use, by one process for all.
-    Raises FileNotFoundError when there is no such model, ValueError when it is damaged, OSError if not fetched."""
+    """The directory of a model, given by path or by OpenAI's name; a name is fetched at its first use, by one process
+    for all. Raises FileNotFoundError if there is no such model, ValueError if it is damaged, OSError if not fetched."""
     directory = Path(name_or_dir)
     if all((directory / name).exists() for name in MODEL_FILES):
         if any((directory / name).exists() for name in ("SHA256SUMS", "trainer.pt")):  # a checkpoint has its sums
             check_checksums(directory, MODEL_FILES)
         return directory
     if str(name_or_dir) not in OPENAI_MODELS:
-        missing = f"it has no {' and '.join(MODEL_FILES)}" if directory.is_dir() else "there is no such directory"
-        raise FileNotFoundError(
-            f"{name_or_dir} is not a model: {missing}, and it is not one of {', '.join(OPENAI_MODELS)}"
-        )
+        neither = f"neither a directory with {' and '.join(MODEL_FILES)} nor one of {', '.join(OPENAI_MODELS)}"
+        raise FileNotFoundError(f"{name_or_dir} is not a model: {neither}")
     home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     if home.startswith("~"):
         raise OSError(f"there is no home directory to keep {name_or_dir} in; set XDG_CACHE_HOME")
@@ -373,8 +378,8 @@ class Split(NamedTuple):
 
 
 def read_meta(directory: Path) -> dict:
-    """What a data directory says of itself: at least "tokenizer" and "vocab_size". Shards without a meta.json are other
-    programs', with GPT-2's tokens. Raises FileNotFoundError when it is not there, ValueError when it is not ready."""
+    """A data directory's meta.json: at least "tokenizer" and "vocab_size". Shards without one are another program's,
+    with GPT-2's tokens. Raises FileNotFoundError without a directory, ValueError if it is incomplete or damaged."""
     path = directory / "meta.json"
     if not directory.is_dir():
         source = f"--source {directory.name}" if directory.name in SOURCES else f"--input YOUR_TEXT --out={directory}"
@@ -383,14 +388,14 @@ def read_meta(directory: Path) -> dict:
         return {"tokenizer": "gpt2", "vocab_size": VOCAB_SIZES["gpt2"]}
     if not (directory / "SHA256SUMS").exists():  # of an older version, which kept its checksums in meta.json
         command = f"(cd {shlex.quote(str(directory))} && sha256sum meta.json *.bin > SHA256SUMS)"
-        raise ValueError(f"{directory} has no SHA256SUMS; of an older version's data, make it with: {command}")
+        raise ValueError(f"{directory} has no SHA256SUMS; if an older version prepared it, run: {command}")
     check_checksums(directory, ["meta.json"])
     meta = read_object(path.read_bytes(), path)
     if not meta.get("complete"):
         raise ValueError(f"{directory} is incomplete; run the same prepare_data.py command again to finish it")
     tokenizer = meta.get("tokenizer")
     if not isinstance(tokenizer, str) or VOCAB_SIZES.get(tokenizer, 0) != meta.get("vocab_size"):
-        raise ValueError(f"{path} is damaged: its tokenizer and vocab_size do not belong together")
+        raise ValueError(f"{path} is damaged: its tokenizer and vocab_size do not match")
     return meta
 
 
@@ -420,8 +425,8 @@ def open_split(directory: Path, name: str, sequence_length: int) -> Split:
 
 
 def read_sequences(split: Split, indices: np.ndarray) -> np.ndarray:
-    """The sequences with these indices: (n, T + 1) int64. Raises ValueError for what cannot be in a whole shard of this
-    vocabulary."""
+    """The sequences with these indices: (n, T + 1) int64. Raises ValueError for a truncated shard, or a token outside
+    the vocabulary."""
     T = split.sequence_length
     sequences = np.empty((len(indices), T + 1), dtype=np.int64)
     for row, index in enumerate(indices):
@@ -650,7 +655,7 @@ def say(text: str, file: Any = None) -> None:
         if is_main_process():
             print(printable(text), file=file, flush=True)
     except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), (file or sys.stdout).fileno())
 
 
 def status(text: str) -> None:
@@ -682,7 +687,7 @@ def number(kind: type, least: float, most: float) -> Callable[[str], Any]:
 
 
 def begin(function: Callable, *args: Any) -> Future:
-    """Call a function in a thread of its own, which the end of the process does not wait for."""
+    """Call a function in a daemon thread, which the process does not wait for when it ends."""
     future = Future()
 
     def call() -> None:
@@ -711,8 +716,9 @@ def in_background(function: Callable, items: Iterable[Any], threads: int, ahead:
 
 @contextmanager
 def locked(directory: Path, wait: bool = False) -> Iterator[None]:
-    """Hold the lock of a directory, which is made if need be, so that only one process writes to it. The lock ends with
-    its process, however that ends. If another has it, raises BlockingIOError, or with `wait` waits."""
+    """Hold the lock of a directory, created if need be, so that only one process writes to it. The lock ends with its
+    process, however that ends. Raises BlockingIOError if another process holds it; with `wait`, waits for it."""
+    new = not directory.exists()
     directory.mkdir(parents=True, exist_ok=True)
     file = os.open(directory / ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
     try:
@@ -725,17 +731,17 @@ def locked(directory: Path, wait: bool = False) -> Iterator[None]:
     try:
         yield
     finally:
+        with suppress(OSError):
+            if new and os.listdir(directory) == [".lock"]:  # nothing came of it
+                os.unlink(directory / ".lock")
+                os.removedirs(directory)
         os.close(file)
 
 
 def discard(path: Path) -> None:
-    """Remove whatever is at `path`, if anything is: of a link, the link. A directory disappears whole or not at all."""
+    """Remove whatever is at `path`, if anything is: of a link, the link."""
     if path.is_dir() and not path.is_symlink():
-        old = path if path.suffix == ".tmp" else path.with_name(path.name + ".old.tmp")
-        if old != path:
-            shutil.rmtree(old, ignore_errors=True)
-            path.rename(old)
-        shutil.rmtree(old)
+        shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
 
@@ -867,7 +873,7 @@ def main(argv: list[str] | None = None) -> None:
     origin.add_argument("--input", nargs="+", metavar="FILE", help="your own text: " + ", ".join(FORMATS))
     add("--subset", default="sample-10BT", help=subset)
     add("--out", help="directory for one source (default: data/NAME for each)")
-    add("--tokenizer", choices=VOCAB_SIZES, help="(default: gpt2; byte for the demo)")
+    add("--tokenizer", choices=VOCAB_SIZES, help="tokenizer (default: gpt2; byte for the demo)")
     add("--shard-tokens", type=shard, default=10**8, help="tokens in a shard (default: 100M)")
     add("--val-tokens", type=amount, help=held_out)
     add("--max-tokens", type=amount, help="stop after this many tokens, including validation (default: all)")

@@ -1,12 +1,12 @@
 """
-Continue a prompt with a trained GPT-2; the text streams to standard output as it is made.
+Continue a prompt with a trained GPT-2; the text appears as it is generated.
 
     python sample.py                                                      # the newest checkpoint under out/
     python sample.py --model gpt2 --prompt "Hello, I'm a language model," # OpenAI's weights
     echo "Once upon a time" | python sample.py --prompt -
     python sample.py --interactive
 
-Standard output has the text and nothing else; the model's name and its speed go to standard error.
+Only the text goes to standard output; the model's name and its speed go to standard error.
 """
 
 import argparse
@@ -14,13 +14,17 @@ import codecs
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
-import tiktoken
-import torch
+try:
+    import tiktoken
+    import torch
 
-import model as gpt
-import prepare_data as prep
+    import model as gpt
+    import prepare_data as prep
+except ModuleNotFoundError as error:
+    sys.exit(f"sample.py: error: {error}; pip install -r requirements.txt")
 
 
 def stream_decoder(tokenizer: tiktoken.Encoding) -> Callable[[int], str]:
@@ -40,17 +44,17 @@ def read_prompts(args: argparse.Namespace) -> Iterator[str]:
     if not args.interactive:
         yield sys.stdin.read().removesuffix("\n") if args.prompt == "-" else args.prompt
         return
-    while True:
-        print("> ", end="", file=sys.stderr, flush=True)
-        if not (line := sys.stdin.readline()):
-            return
-        yield line.removesuffix("\n")
+    with suppress(ImportError):  # some builds of Python lack it
+        import readline  # noqa: F401  (which gives input() arrow keys and a history)
+    with suppress(EOFError):
+        while True:
+            yield input("> " if sys.stdout.isatty() else "")
 
 
 def sample(args: argparse.Namespace) -> None:
     run = Path(args.model or gpt.newest_run(Path("out")))
     if not args.model and not gpt.checkpoints(run):
-        raise FileNotFoundError(f"there is no checkpoint in {run.absolute()}; train one, or give --model gpt2")
+        raise FileNotFoundError(f"no checkpoint in {run.absolute()}; train a model first, or pass --model gpt2")
     directory = gpt.newest_checkpoint(run, prep.is_intact) or prep.model_directory(run)
     device, (config, name) = gpt.choose_device(args.device), gpt.read_config(directory)
     tokenizer = prep.get_tokenizer(name)

@@ -29,21 +29,24 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-import tiktoken
-import torch
-import torch.distributed as dist
-import torch.nn.functional as F
-from safetensors import SafetensorError
-from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
-from torch.nn.utils.rnn import pad_sequence
-from torch.optim import Optimizer
+try:
+    import numpy as np
+    import tiktoken
+    import torch
+    import torch.distributed as dist
+    import torch.nn.functional as F
+    from safetensors import SafetensorError
+    from torch import Tensor
+    from torch.nn.parallel import DistributedDataParallel
+    from torch.nn.utils.rnn import pad_sequence
+    from torch.optim import Optimizer
 
-import model as gpt
-import prepare_data as prep
-from model import GPT, MODEL_SIZES
-from prepare_data import Split, in_background, read_sequences, say, status
+    import model as gpt
+    import prepare_data as prep
+    from model import GPT, MODEL_SIZES
+    from prepare_data import Split, in_background, read_sequences, say, status
+except ModuleNotFoundError as error:
+    sys.exit(f"train.py: error: {error}; pip install -r requirements.txt")
 
 # The configuration
 
@@ -51,8 +54,8 @@ from prepare_data import Split, in_background, read_sequences, say, status
 def option(
     default: Any, help: str, least: float = 0, most: float = 2**31 - 1, choices: Any = None, fixed: bool = False
 ) -> Any:
-    """A field of TrainConfig, with its range or choices; `fixed` if it decides the result, and so cannot change when a
-    run is resumed."""
+    """A field of TrainConfig, with its range or choices; a `fixed` one decides the result, and cannot change when a run
+    is resumed."""
     return field(default=default, metadata={"help": help, "range": (least, most), "choices": choices, "fixed": fixed})
 
 
@@ -62,9 +65,9 @@ class TrainConfig:
 
     data: str = option("data/fineweb-edu", "directory of token shards")
     model: str = option("gpt2", "size of a new model", choices=MODEL_SIZES, fixed=True)
-    n_layer: int = option(0, "layers of a new model; 0: that of --model", fixed=True)
-    n_head: int = option(0, "attention heads of a new model; 0: that of --model", fixed=True)
-    n_embd: int = option(0, "width of a new model; 0: that of --model", fixed=True)
+    n_layer: int = option(0, "layers of a new model; 0: as --model has", fixed=True)
+    n_head: int = option(0, "attention heads of a new model; 0: as --model has", fixed=True)
+    n_embd: int = option(0, "width of a new model; 0: as --model has", fixed=True)
     out: str = option("", "directory for metrics and checkpoints (default: out/NAME for --data data/NAME)")
     resume: bool = option(False, "resume from the newest checkpoint in --out, if any, with its settings")
     init_from: str = option("", "start from these weights: a checkpoint, a run, or gpt2, gpt2-medium, ...")
@@ -95,7 +98,7 @@ class TrainConfig:
     log_every: int = option(1, "log every N updates", 1)
 
     def __post_init__(self) -> None:
-        for item in fields(self):  # which a checkpoint may have brought
+        for item in fields(self):  # they may come from a checkpoint
             value, (least, most) = getattr(self, item.name), item.metadata["range"]
             if not isinstance(value, item.type) or (item.type in (int, float) and not least <= value <= most):
                 raise ValueError(f"{item.name} cannot be {value!r}")
@@ -124,7 +127,8 @@ PRESETS = {
 
 
 def parse_args(parser: argparse.ArgumentParser, argv: list[str] | None) -> tuple[TrainConfig, dict[str, Any]]:
-    """The command line, with an option for each field of TrainConfig, and those that were given."""
+    """Parse the command line, which has an option for each field of TrainConfig. Returns the settings, and those that
+    were given."""
     parser.add_argument("--preset", default="gpt2", choices=PRESETS, help="set of defaults; other options override it")
     for item in fields(TrainConfig):
         text, kwargs = item.metadata["help"], {}
@@ -138,13 +142,13 @@ def parse_args(parser: argparse.ArgumentParser, argv: list[str] | None) -> tuple
         parser.add_argument("--" + item.name.replace("_", "-"), default=None, help=text, **kwargs)
     given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
     config, runs = replace(PRESETS[given.pop("preset")], **given), Path("out")
-    latest = config.eval_only and config.data == TrainConfig.data  # as sample.py takes it
+    latest = config.eval_only and config.data == TrainConfig.data  # the run that sample.py would take
     follows = gpt.newest_run(runs) if latest else runs / Path(config.data).resolve().name
     return replace(config, out=config.out or str(follows)), given
 
 
 def check_config(config: TrainConfig) -> None:
-    """Raise ValueError for settings that do not go together, or a batch that cannot be cut as asked."""
+    """Raise ValueError for settings that contradict each other, or a batch that cannot be divided as asked."""
     if config.min_lr > config.max_lr:
         raise ValueError(f"--min-lr ({config.min_lr}) must not exceed --max-lr ({config.max_lr})")
     world_size = max(1, int(os.environ.get("WORLD_SIZE", "1")))
@@ -167,7 +171,7 @@ def learning_rate(step: int, config: TrainConfig) -> float:
 
 
 class Process(NamedTuple):
-    """This process among those of the run, and its device."""
+    """This process: its rank, how many there are, and its device."""
 
     rank: int
     world_size: int
@@ -175,7 +179,7 @@ class Process(NamedTuple):
 
 
 def start_process(device: str) -> Process:
-    """Choose the device and, under torchrun, join the other processes. Raises ValueError for one that is not here."""
+    """Choose the device and, under torchrun, join the other processes. Raises ValueError for a missing device."""
     chosen = gpt.choose_device(device)
     rank, local_rank, world_size = (int(os.environ.get(name, "0")) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
     if rank >= max(1, world_size):
@@ -185,11 +189,11 @@ def start_process(device: str) -> Process:
             raise ValueError(f"{local_rank + 1} processes were started for {torch.cuda.device_count()} GPUs")
         chosen = torch.device("cuda", local_rank)
         torch.cuda.set_device(chosen)
-    if world_size > 0:  # torchrun says so, for a single process too
+    if world_size > 0:  # set by torchrun, even for a single process
         store, _, _ = next(dist.rendezvous("env://"))
         if world_size == int(os.environ.get("LOCAL_WORLD_SIZE", "0")):
-            # Workers that torchrun has restarted would find the addresses of the dead ones in its store. On several
-            # machines the count of restarts is not common to all, and cannot tell them apart.
+            # Workers that torchrun has restarted would find the addresses of the dead ones in its store. Across
+            # machines, the count of restarts is not shared, and cannot tell them apart.
             store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
         backend, device_id = ("nccl", chosen) if chosen.type == "cuda" else ("gloo", None)
         limit = timedelta(minutes=30)  # the others wait while rank 0 writes a checkpoint, 19 GB for gpt2-xl
@@ -206,8 +210,8 @@ def all_reduce(value: Tensor, how: dist.ReduceOp = dist.ReduceOp.SUM) -> Tensor:
 
 
 def catch_signals(stops: list[int]) -> None:
-    """From now on, SIGTERM and SIGINT are added to `stops` instead of ending the process. One that comes a second or
-    more after the first ends it at once; within the second, torchrun and a scheduler may both send the first."""
+    """From now on, SIGTERM and SIGINT are added to `stops` instead of ending the process. A second one ends it at once,
+    unless it follows within a second: torchrun passes on a Ctrl-C that its workers have already received."""
     times = []
 
     def catch(signum: int, frame: object) -> None:
@@ -225,7 +229,7 @@ def catch_signals(stops: list[int]) -> None:
 # The data and its order
 
 
-@lru_cache(maxsize=2)  # a batch can reach from one epoch into the next
+@lru_cache(maxsize=2)  # a batch can span two epochs
 def epoch_order(sequences: int, seed: int, epoch: int) -> np.ndarray:
     """The order of an epoch: a permutation of range(sequences). RandomState, since NumPy has frozen its streams."""
     return np.random.RandomState([seed, epoch]).permutation(sequences)
@@ -321,7 +325,7 @@ def save_checkpoint(out: Path, model: GPT, trainer: TrainState, tokenizer: str, 
 
 
 def load_trainer(checkpoint: Path) -> TrainState:
-    """What save_checkpoint was given. Raises ValueError when that is damaged, or another version's."""
+    """The TrainState that save_checkpoint wrote. Raises ValueError when it is damaged, or another version's."""
     path = checkpoint / "trainer.pt"
     prep.check_checksums(checkpoint, [path.name])
     with prep.reading(path):
@@ -330,14 +334,14 @@ def load_trainer(checkpoint: Path) -> TrainState:
             if not isinstance(value := getattr(trainer, name), kind):
                 raise TypeError(f"{name} is {type(value).__name__}, not {kind.__name__}")
         if trainer.config.keys() != asdict(TrainConfig()).keys():
-            raise ValueError("its settings are another version's")
+            raise ValueError("its settings are those of another version")
         if not 0 < trainer.step <= TrainConfig(**trainer.config).steps:  # which checks their types and ranges
-            raise ValueError(f"it is of step {trainer.step}")
+            raise ValueError(f"it claims to be of step {trainer.step}")
         return trainer._replace(updates=[(float(loss), float(seconds)) for loss, seconds in trainer.updates])
 
 
 def load_optimizer(optimizer: Optimizer, scaler: torch.amp.GradScaler, trainer: TrainState, source: Path) -> None:
-    """Give the optimizer and float16's scaler the state of a checkpoint. Raises ValueError when it does not fit."""
+    """Restore the optimizer, and float16's scaler, from a checkpoint. Raises ValueError when that does not fit."""
     with prep.reading(source / "trainer.pt"):
         optimizer.load_state_dict(trainer.optimizer)
         local = getattr(optimizer, "optim", optimizer)  # this rank's part of a ZeroRedundancyOptimizer
@@ -386,8 +390,8 @@ def saved_config(config: TrainConfig, given: dict[str, Any], trainer: TrainState
 
 
 def open_log(path: Path, config: TrainConfig, step: int) -> Callable[[dict], None]:
-    """Return a function that appends an entry to metrics.jsonl, which is made anew if it is gone, and shows it. Lines
-    past `step` are dropped, with the evaluation of `step`, which will come again, and lines that a crash has cut."""
+    """Return a function that appends an entry to metrics.jsonl, which is recreated if it is gone, and shows it. First,
+    lines past `step` are dropped, and the evaluation of `step`, which will come again, and lines cut by a crash."""
     if config.tensorboard:
         from torch.utils.tensorboard import SummaryWriter
 
@@ -416,7 +420,7 @@ def open_log(path: Path, config: TrainConfig, step: int) -> Callable[[dict], Non
 
 
 def update_entry(config: TrainConfig, step: int, updates: list, lr: float, norm: float, peak: float | None) -> dict:
-    """An update's entry, over the (loss, seconds) since the entry before; `peak` is in tokens/s, at an MFU of 1."""
+    """The log entry of an update, over the (loss, seconds) since the last entry; `peak` is the tokens/s of MFU 1."""
     losses, seconds = zip(*updates, strict=True)
     rate = config.total_batch_tokens * len(updates) / sum(seconds)
     entry = {"step": step, "train_loss": math.fsum(losses) / len(losses), "lr": lr}
@@ -482,7 +486,7 @@ def read_tasks(name: str, path: Path, tokenizer: tiktoken.Encoding, most: int) -
 
 
 def open_evaluation(config: TrainConfig, split: Split, tokenizer_name: str, block_size: int) -> dict[str, EvalSet]:
-    """What an evaluation scores: the first eval_tokens of the validation split, and of the sets beside the data."""
+    """What an evaluation scores: the first eval_tokens of the validation split, and the sets next to the data."""
     T, tokenizer = config.sequence_length, prep.get_tokenizer(tokenizer_name)
     count = min(max(1, config.eval_tokens // T), split.sequences)
     rows = read_sequences(split, np.arange(count)).astype(np.uint16)
@@ -610,25 +614,25 @@ def check_shards(
 ) -> Callable[[], dict[str, str]]:
     """Hash the shards in the background, each rank its share. Returns a function that waits for all ranks and gives the
     sums by name; it raises ValueError for a damaged shard, which also stops the run. Raises ValueError at once for
-    shards that are not those `known` from the run that is resumed."""
+    shards other than those `known` from the run that is resumed."""
     names = sorted({path.name for split in splits for path in split.paths})
     listed = prep.read_checksums(data)
     for name in sorted({*known, *(path.name for path in splits[0].paths)}) if known is not None else ():
         if name not in known or not (data / name).exists() or listed.get(name, known[name]) != known[name]:
             raise ValueError(f"{data / name} is not what the run was trained on; resume with the original data")
     sums = dict.fromkeys(names, "") | listed | (known or {})
-    mine = prep.begin(prep.check_checksums, data, names[process.rank :: process.world_size], sums)
-    mine.add_done_callback(lambda done: stops.append(signal.SIGTERM) if done.exception() else None)
+    share = prep.begin(prep.check_checksums, data, names[process.rank :: process.world_size], sums)
+    share.add_done_callback(lambda done: stops.append(signal.SIGTERM) if done.exception() else None)
 
     def wait() -> dict[str, str]:
         status("waiting for the check of the shards")
-        everyone = [str(mine.exception()) if mine.exception() else mine.result()] * process.world_size
+        found = [str(share.exception()) if share.exception() else share.result()] * process.world_size
         if dist.is_initialized():
-            dist.all_gather_object(everyone, everyone[0])
-        for problem in everyone:
+            dist.all_gather_object(found, found[0])
+        for problem in found:
             if isinstance(problem, str):
                 raise ValueError(problem)
-        return (known or {}) | {name: digest for part in everyone for name, digest in part.items()}
+        return (known or {}) | {name: digest for part in found for name, digest in part.items()}
 
     return wait
 
@@ -715,10 +719,10 @@ def train(config: TrainConfig, given: dict[str, Any] | None = None) -> int:
     if val_split:
         sets = open_evaluation(config, val_split, meta["tokenizer"], model.config.block_size)
         measure = partial(evaluate, model, sets, partial(score_rows, model, process, autocast, stopped))
-    check = check_shards(data, [split, val_split or split], process, stops, trainer.shards if resuming else None)
+    shard_sums = check_shards(data, [split, val_split or split], process, stops, trainer.shards if resuming else None)
     if config.eval_only:
         metrics = measure()
-        check()
+        shard_sums()
         entry = {"evaluated": str(source)} | metrics
         status("")
         if main_process:
@@ -766,7 +770,7 @@ def train(config: TrainConfig, given: dict[str, Any] | None = None) -> int:
         return every > 0 and (step % every == 0 or step == config.steps)
 
     def save() -> int:
-        shards = check()
+        shards = shard_sums()
         status("writing a checkpoint")
         if zero:
             optimizer.consolidate_state_dict(to=0)
@@ -825,7 +829,7 @@ def train(config: TrainConfig, given: dict[str, Any] | None = None) -> int:
             say(sample_text(model, meta["tokenizer"], config.seed, device))
         if due(config.checkpoint_every):
             saved = save()
-    check()
+    shard_sums()
     if saved != step:
         save()
     if step < config.steps:
@@ -847,7 +851,7 @@ def main(argv: list[str] | None = None) -> None:
 
     advice = "leave --micro-batch-size out, or choose a smaller --model or --sequence-length"
     # The first process writes for all; an evaluation alone writes nothing.
-    writes = not config.eval_only and os.environ.get("RANK", "0") == "0"
+    writes = not config.eval_only and prep.is_main_process()
     with prep.one_line_errors("train.py", advice), prep.locked(Path(config.out)) if writes else nullcontext():
         code = train(config, given)
     if dist.is_initialized():
