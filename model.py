@@ -110,7 +110,7 @@ class Block(nn.Module):
         return x + self.mlp(self.ln_2(x))
 
 
-# The logits of a micro-batch would be the largest thing in memory; by rows, only those of 512 tokens exist at a time.
+# A micro-batch's logits would be the largest thing in memory; by rows, those of only 512 tokens exist at once.
 LOSS_BY_ROWS = nn.LinearCrossEntropyOptions(chunking_method=None, batch_chunk_size=512)
 
 
@@ -119,8 +119,8 @@ class GPT(nn.Module):
     GPT-2: `model(tokens)` gives logits, `model(tokens, targets)` the mean loss alone.
 
     One matrix, `transformer.wte.weight`, is both the token embedding and the output projection. It has a multiple of
-    128 rows, since matrix products of odd sizes are slow on GPUs; the rows past `vocab_size` are no part of the
-    softmax, are not saved and not counted.
+    128 rows, since matrix products of odd sizes are slow on GPUs; the rows past `vocab_size` take no part in
+    the softmax and are neither saved nor counted.
     """
 
     def __init__(self, config: GPTConfig) -> None:
@@ -138,8 +138,8 @@ class GPT(nn.Module):
             self.transformer.wte.weight[config.vocab_size :] = 0  # the padding rows get no gradient and stay 0
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Normal(0, 0.02); the two projections of a block that end in the residual stream, which sums 2 * n_layer of
-        them, are scaled so that its variance does not grow with depth (section 2.3 of the paper)."""
+        """Normal(0, 0.02). Each block adds two projections to the residual stream; those are scaled by
+        1 / sqrt(2 * n_layer), so that its variance does not grow with depth (section 2.3 of the paper)."""
         if isinstance(module, nn.Embedding):
             nn.init.normal_(module.weight, std=0.02)
         elif isinstance(module, nn.Linear):
@@ -153,7 +153,7 @@ class GPT(nn.Module):
         self, tokens: Tensor, cache: KVCache | None = None, positions: Tensor | None = None, mask: Tensor | None = None
     ) -> Tensor:
         """
-        (B, T) tokens to (B, T, C), normalized for the output matrix. Raises ValueError when T exceeds block_size.
+        (B, T) tokens to (B, T, C), after the final LayerNorm. Raises ValueError when T exceeds block_size.
 
         With a `cache`, keys and values are written at `positions` (T,), int64, and a token attends to the entries where
         `mask` (T, cache length) is true; without a mask, T is the length of the cache (prefill) or 1 (decode).
@@ -161,8 +161,8 @@ class GPT(nn.Module):
         T, block_size = tokens.size(1), self.config.block_size
         if block_size < T:
             raise ValueError(f"{T} tokens are more than the model's context of {block_size}")
-        embedded = self.transformer.wpe.weight[:T] if positions is None else self.transformer.wpe(positions)
-        x = self.transformer.drop(self.transformer.wte(tokens) + embedded)  # (B, T, C)
+        position = self.transformer.wpe.weight[:T] if positions is None else self.transformer.wpe(positions)
+        x = self.transformer.drop(self.transformer.wte(tokens) + position)  # (B, T, C)
         for i, block in enumerate(self.transformer.h):
             x = block(x) if cache is None else block(x, cache[i], positions, mask)
         return self.transformer.ln_f(x)
@@ -177,12 +177,12 @@ class GPT(nn.Module):
         x = self.hidden(tokens)
         if targets is None:
             return self.logits(x)
-        weight, kind = self.transformer.wte.weight, x.device.type
+        weight, device = self.transformer.wte.weight, x.device.type
         bias = torch.zeros(len(weight), device=x.device)
         bias[self.config.vocab_size :] = -math.inf  # keeps the padding rows out of the softmax
-        # By rows pays in float32 on a CPU, uncompiled. Compiled, the plain form is fused and as fast; and in half
-        # precision, by rows would round the loss itself.
-        plain = kind != "cpu" or torch.compiler.is_compiling() or torch.is_autocast_enabled(kind)
+        # Computing by rows pays only in eager float32 on a CPU. Compiled, the plain form is fused and just as fast; in
+        # half precision, the other would round the loss itself.
+        plain = device != "cpu" or torch.compiler.is_compiling() or torch.is_autocast_enabled(device)
         options = None if plain else LOSS_BY_ROWS
         return F.linear_cross_entropy(
             x.flatten(0, 1), weight, targets.flatten(), linear_bias=bias, ignore_index=-1, options=options
@@ -195,7 +195,9 @@ class GPT(nn.Module):
         """
         x, vocab_size = self.hidden(tokens).flatten(0, 1)[indices], self.config.vocab_size
         weight = self.transformer.wte.weight
-        weight = weight - weight[:vocab_size].mean(dim=0)  # softmax ignores a shift; bfloat16 rounds small logits less
+        weight = weight - weight[:vocab_size].mean(
+            dim=0
+        )  # no change to the softmax, and smaller logits lose less in bfloat16
         logits = F.linear(x, weight)[:, :vocab_size].float()
         losses = F.cross_entropy(logits, targets, reduction="none")
         return torch.stack((losses, (logits.argmax(dim=1) == targets).float()))
@@ -228,8 +230,8 @@ def flops_per_token(config: GPTConfig) -> float:
 def configure_optimizer(
     model: GPT, learning_rate: float, weight_decay: float, betas: tuple[float, float], zero: bool = False
 ) -> Optimizer:
-    """Fused AdamW, with weight decay on the matrices and none on biases and LayerNorms; with `zero` its state is
-    divided among the ranks (ZeRO stage 1, Rajbhandari et al., 2020)."""
+    """Fused AdamW, with weight decay on the matrices and none on biases and LayerNorms; with `zero`, its state is
+    sharded across the ranks (ZeRO stage 1, Rajbhandari et al., 2020)."""
     matrices = [p for p in model.parameters() if p.dim() >= 2]
     others = [p for p in model.parameters() if p.dim() < 2]
     groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
@@ -248,10 +250,10 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 def choose_device(name: str) -> torch.device:
-    """One of DEVICES; "auto" is the first one available. Raises ValueError for one that is missing."""
-    here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    kind = next(kind for kind in here if here[kind]) if name == "auto" else name
-    if not here[kind]:
+    """The device for one of DEVICES; "auto" takes the first available. Raises ValueError if it is not available."""
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    kind = next(kind for kind in available if available[kind]) if name == "auto" else name
+    if not available[kind]:
         raise ValueError(f"--device {kind} is not available on this machine or in this build of PyTorch")
     return torch.device(kind)
 
@@ -262,8 +264,8 @@ def choose_dtype(name: str, device: torch.device, training: bool = False) -> tor
     if name == "auto" and device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     if name == "auto" and device.type == "cpu" and training:
-        has = torch.cpu.get_capabilities()
-        return torch.bfloat16 if has.get("avx512_bf16") or has.get("amx_bf16") else torch.float32
+        features = torch.cpu.get_capabilities()
+        return torch.bfloat16 if features.get("avx512_bf16") or features.get("amx_bf16") else torch.float32
     if name == "float16" and device.type != "cuda":
         raise ValueError("--dtype float16 needs a CUDA device; choose float32 or bfloat16")
     return torch.float32 if name == "auto" else getattr(torch, name)
@@ -313,7 +315,7 @@ def newest_checkpoint(out: Path, intact: Callable[[Path], bool]) -> Path | None:
 
 
 def newest_run(directory: Path) -> Path:
-    """The run that was written to last: in `directory` or one directory below. `directory` itself if there is none."""
+    """The run written to most recently: `directory` itself or one directly below it; `directory` if there is none."""
     runs = [run for run in (directory, *directory.glob("*/")) if checkpoints(run)]
     return max(runs, key=lambda run: run.stat().st_mtime, default=directory)
 
@@ -343,7 +345,7 @@ def save_model(model: GPT, directory: str | Path, tokenizer: str = "gpt2") -> No
     # transformers reads the metadata's "format" and refuses a file without it.
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
     (directory / "config.json").write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
-    shutil.copymode(directory / "config.json", directory / "model.safetensors")  # which safetensors makes private
+    shutil.copymode(directory / "config.json", directory / "model.safetensors")  # safetensors makes its file private
 
 
 def read_config(directory: str | Path) -> tuple[GPTConfig, str]:
@@ -360,7 +362,7 @@ def read_config(directory: str | Path) -> tuple[GPTConfig, str]:
         raise ValueError(f"{path} does not describe a GPT-2: {error!r}") from error
     for name, wanted in GPT2_SETTINGS.items():
         if settings.get(name, wanted) != wanted:
-            raise ValueError(f"{path} has {name} {settings[name]}, where GPT-2 has {wanted}")
+            raise ValueError(f"{path} sets {name} to {settings[name]}, where GPT-2 has {wanted}")
     return config, str(settings.get("tokenizer", "gpt2"))
 
 
@@ -368,14 +370,14 @@ def load_model(directory: str | Path, dropout: float = 0.0) -> GPT:
     """The model in a directory of the hub's layout, in float32 on the CPU and in eval mode. Raises FileNotFoundError
     when there is none, ValueError when what is there is not a whole GPT-2."""
     path, (config, _), state = Path(directory) / "model.safetensors", read_config(directory), {}
-    with torch.device("meta"):  # no time spent on an initialization that the file replaces
+    with torch.device("meta"):  # skips an initialization that the file would overwrite
         model = GPT(replace(config, dropout=dropout))
     padding = model.transformer.wte.num_embeddings - config.vocab_size
     try:
         for key, tensor in load_file(path).items():
             if key.endswith((".attn.bias", ".attn.masked_bias", "lm_head.weight")):
                 continue  # the mask, and the shared matrix once more
-            name = "transformer." + key.removeprefix("transformer.")  # which the hub's gpt2 lacks
+            name = "transformer." + key.removeprefix("transformer.")  # the hub's gpt2 has no prefix
             if not tensor.is_floating_point() or not tensor.isfinite().all():
                 raise ValueError(f"{key} must hold finite floating-point numbers")
             tensor = tensor.t() if name.endswith(TRANSPOSED) else tensor
@@ -383,7 +385,7 @@ def load_model(directory: str | Path, dropout: float = 0.0) -> GPT:
             state[name] = tensor.to(torch.float32).contiguous()
         model.load_state_dict(state, assign=True)
     except (SafetensorError, RuntimeError, ValueError) as error:
-        problem = " ".join(str(error).split())[:300]  # of a wrong shape, PyTorch lists every name
+        problem = " ".join(str(error).split())[:300]  # PyTorch may list every tensor
         raise ValueError(f"{path} is damaged, or does not fit config.json: {problem}") from error
     return model.requires_grad_(True).eval()
 
@@ -403,16 +405,16 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def probabilities(logits: Tensor, temperature: float, top_k: int | None, top_p: float | None) -> tuple[Tensor, Tensor]:
-    """(B, V) logits to the (B, K) float32 probabilities of the next token, most likely first, and their (B, K) int64
-    tokens: the `top_k` most likely ones, cut to the smallest set whose probability reaches `top_p`. None: no cut."""
+    """(B, V) logits to (B, K) float32 probabilities of the next token, in descending order, and their (B, K) int64
+    tokens: the `top_k` most likely, and of these the fewest that reach `top_p`. None: no limit."""
     logits, vocab_size = logits.float() / temperature, logits.size(-1)
     logits, tokens = logits.topk(min(top_k or vocab_size, vocab_size))  # the most likely first
     probs = logits.softmax(dim=-1)
     if top_p is not None:
-        # What a token and all less likely ones hold, added from the small end: float32 loses the least that way.
+        # The probability of each token and all less likely ones, summed from the smallest up, which loses the least.
         tail = probs.flip(-1).cumsum(dim=-1).flip(-1)
         cut = tail <= 1 - top_p
-        cut[:, 0] = False  # whatever its probability
+        cut[:, 0] = False  # the most likely token always stays
         probs = probs.masked_fill(cut, 0.0)
         probs = probs / probs.sum(dim=-1, keepdim=True)
     return probs, tokens
@@ -448,20 +450,22 @@ def generate(
     compiled: bool = False,
 ) -> Iterator[Tensor]:
     """
-    Continue prompts of one length: from (B, T) tokens, yield the next (B,) int64 up to `max_new_tokens` times.
+    Continue prompts of equal length: from (B, T) tokens, yield the next (B,) int64 up to `max_new_tokens` times.
 
-    When the context is full, its last half becomes the new context. A row that has drawn `stop_token` repeats it; when
-    all rows have, generation ends. `generator` is on the model's device, `compiled` compiles decoding. The model should
-    be in eval mode. Raises ValueError for an empty prompt, one longer than the context, or a setting out of range.
+    When the context is full, its second half becomes the new context. A row that has drawn `stop_token` repeats it, and
+    generation ends when every row has. `generator` must be on the model's device; `compiled` compiles the decoding
+    step. The model should be in eval mode. Raises ValueError for an empty prompt, one longer than the context, or a
+    setting out of range.
     """
-    config, weight, T = model.config, model.transformer.wte.weight, tokens.size(1)
-    if not 1 <= T <= config.block_size:
-        raise ValueError(f"a prompt must have 1 to {config.block_size} tokens (the model's context), not {T}")
+    config, weight = model.config, model.transformer.wte.weight
+    if not 1 <= tokens.size(1) <= config.block_size:
+        raise ValueError(f"a prompt must have 1 to {config.block_size} tokens (the context), not {tokens.size(1)}")
     if not (0 <= temperature < math.inf and (top_k is None or top_k >= 1) and (top_p is None or 0 < top_p <= 1)):
         raise ValueError("temperature must be at least 0, top_k at least 1, and top_p above 0 and at most 1")
     shape = (len(tokens), config.n_head, config.block_size, config.n_embd // config.n_head)
     cache = [(weight.new_zeros(shape), weight.new_zeros(shape)) for _ in range(config.n_layer)]
-    positions, decode = torch.arange(config.block_size, device=tokens.device), next_logits
+    positions = torch.arange(config.block_size, device=tokens.device)
+    decode = next_logits
     if compiled:
         decode = torch.compile(next_logits, mode="reduce-overhead" if tokens.device.type == "cuda" else None)
         for stored in itertools.chain(*cache):

@@ -50,6 +50,7 @@ MODEL_FILES = ("model.safetensors", "config.json")
 VOCAB_SIZES = {"gpt2": 50257, "byte": 257}  # of the tokenizers
 FORMATS = (".txt", ".jsonl", ".jsonl.gz", ".parquet")
 SHARD_MAGIC, SHARD_VERSION, HEADER_BYTES = 20240520, 1, 1024
+COUNTS = ("shards", "documents", "tokens", "bytes")  # of each split, in meta.json
 
 # Tokenizers
 
@@ -85,23 +86,22 @@ def read_parquet(path: Path) -> Iterator[Any]:
 
     file = pyarrow.parquet.ParquetFile(path)
     for i in range(file.num_row_groups):
-        group = file.metadata.row_group(i)
-        columns = [group.column(j) for j in range(group.num_columns)]
-        size = sum(column.total_uncompressed_size for column in columns if column.path_in_schema == "text")
-        rows = min(256, max(1, MOST_BYTES // max(1, size)))  # none of which is larger than the column
+        size = file.metadata.row_group(i).total_byte_size  # uncompressed; no row is larger
+        rows = min(256, max(1, MOST_BYTES // max(1, size)))
         for batch in file.iter_batches(rows, row_groups=[i], columns=["text"]):
             yield from batch["text"].to_pylist()
 
 
 def read_texts(path: Path) -> Iterator[str]:
-    """The documents of a file. Raises ValueError, with the place, for what is damaged, not valid Unicode or larger than
-    MOST_BYTES."""
+    """The documents of a file. Raises ValueError, naming the line, for a damaged, non-Unicode or oversized one."""
     name, line, too_large = path.name.lower(), 1, f"a document may be at most {MOST_BYTES:,} bytes"
 
     def parse(row: bytes) -> Any:
         if len(row) > MOST_BYTES:
             raise ValueError(too_large)
-        return row.decode() if name.endswith(".txt") else read_object(row, "it").get("text", 0) if row.strip() else None
+        if name.endswith(".txt"):
+            return row.decode()
+        return read_object(row, "it").get("text", 0) if row.strip() else None  # a blank line is no document
 
     try:
         if name.endswith(".parquet"):
@@ -112,7 +112,7 @@ def read_texts(path: Path) -> Iterator[str]:
             texts = map(parse, iter(lambda: read(MOST_BYTES + 1), b""))
         for text in texts:
             if not isinstance(text, str | None):
-                raise ValueError('it has no string under "text"')
+                raise ValueError('it has no "text" string')
             if len((text or "").encode()) > MOST_BYTES:  # or this fails: JSON can spell half a character
                 raise ValueError(too_large)
             yield text or ""
@@ -136,9 +136,9 @@ def read_batches(path: Path) -> Iterator[list[str]]:
 
 def tokenize(texts: list[str], tokenizer: tiktoken.Encoding) -> np.ndarray:
     """
-    The tokens of documents, (n,) uint16, each preceded by an <|endoftext|>; one within a text is ordinary text.
+    The tokens of documents, (n,) uint16, each preceded by <|endoftext|>; within a document that is ordinary text.
 
-    Documents are joined, since one long call keeps a thread out of the others' way; those that are odd go alone.
+    Documents are joined, since threads hinder each other less in one long call; those that are odd are encoded alone.
     tiktoken's regular expression overflows its stack on a few hundred thousand consecutive spaces, so long texts are
     cut before the last character of each long run. GPT-2's pattern splits there anyway: the tokens do not change.
     """
@@ -162,7 +162,7 @@ def tokenize(texts: list[str], tokenizer: tiktoken.Encoding) -> np.ndarray:
 
 
 class RawFile(NamedTuple):
-    """A file from outside: to be fetched if it has a `url`, else local. Size in bytes, sha256 in hex or empty."""
+    """A file to read: downloaded from `url`, or local if that is empty. Size in bytes; sha256 in hex, "" if unknown."""
 
     name: str
     size: int
@@ -180,16 +180,16 @@ def hub_address() -> str:
 def get(url: str, first: int = 0) -> requests.Response:
     """Request a page, or a file from byte `first` on. HF_TOKEN goes to the hub alone (requests drops it when a redirect
     leads to another host). Raises ValueError for a token that cannot be one, and requests.RequestException."""
-    refused = {"status_forcelist": (408, 429, 500, 502, 503, 504), "raise_on_status": False}
-    retries = Retry(8, connect=2, read=2, backoff_factor=1, backoff_max=60, retry_after_max=60, **refused)
+    on_status = {"status_forcelist": (408, 429, 500, 502, 503, 504), "raise_on_status": False}
+    retries = Retry(8, connect=2, read=2, backoff_factor=1, backoff_max=60, retry_after_max=60, **on_status)
     session, token = requests.Session(), os.environ.get("HF_TOKEN", "").strip()
     session.mount("http://", HTTPAdapter(max_retries=retries))
     session.mount("https://", HTTPAdapter(max_retries=retries))
-    session.auth = lambda request: request  # else a .netrc would replace the token
+    session.auth = lambda request: request  # or requests would replace the token with .netrc's
     headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={first}-"} if first else {})
     if token and url.startswith(hub_address() + "/"):
         if not (token.isascii() and token.isprintable()) or " " in token:
-            raise ValueError("HF_TOKEN contains characters that cannot occur in a token; copy it again")
+            raise ValueError("HF_TOKEN contains characters that no token has; copy it again")
         headers["Authorization"] = f"Bearer {token}"
     response = session.get(url, headers=headers, stream=True, timeout=(10, 30))
     response.raise_for_status()
@@ -198,7 +198,7 @@ def get(url: str, first: int = 0) -> requests.Response:
 
 @contextmanager
 def fetching(name: str, advice: str = "run the same command again to continue") -> Iterator[None]:
-    """Whatever fails on the way from a server becomes an OSError that says what to do."""
+    """Turn any failure of a request into an OSError that says what to do."""
     try:
         yield
     except (requests.RequestException, HTTPError, TimeoutError) as error:
@@ -207,13 +207,12 @@ def fetching(name: str, advice: str = "run the same command again to continue") 
             advice = "set HF_TOKEN to a token with access"
         elif 400 <= code < 500 and code not in (408, 416, 429):
             advice = "check its name and address"
-        problem = f"the server answers {code}" if code else type(error).__name__
+        problem = f"the server answered {code}" if code else type(error).__name__
         raise OSError(f"{name} could not be fetched: {problem}; {advice}") from error
 
 
 def list_hub(repository: str, folder: str = "") -> list[RawFile]:
-    """The files of a folder of `datasets/OWNER/NAME` or `models/OWNER/NAME` on the hub. Raises OSError, or ValueError
-    for an answer that is no listing."""
+    """List a folder of `datasets/OWNER/NAME` or `models/OWNER/NAME` on the hub. Raises OSError or ValueError."""
     hub, name = hub_address(), f"list of {repository}{folder}"
     url, base = f"{hub}/api/{repository}/tree/main{folder}", f"{hub}/{repository.removeprefix('models/')}/resolve/main"
     files, pages, size, began = [], 0, 0, time.monotonic()
@@ -238,9 +237,9 @@ def receive(file: RawFile, part: Path) -> None:
     with get(file.url, have) as response:
         continues = response.status_code == 206
         if continues and not response.headers.get("Content-Range", "").startswith(f"bytes {have}-"):
-            raise requests.ConnectionError("the server sent a different part than requested")
+            raise requests.ConnectionError("the server sent a different range from the one requested")
         with open(part, "ab" if continues else "wb") as out:
-            while out.tell() < file.size and (piece := response.raw.read1(1 << 20)):  # as much as is there
+            while out.tell() < file.size and (piece := response.raw.read1(1 << 20)):  # whatever has arrived
                 out.write(piece)
                 status(f"fetching {file.name}: {out.tell() / 1e6:,.0f} of {file.size / 1e6:,.0f} MB")
     if part.stat().st_size < file.size:
@@ -248,8 +247,8 @@ def receive(file: RawFile, part: Path) -> None:
 
 
 def download(file: RawFile, path: Path) -> Path:
-    """Fetch a file to `path`, by way of `path`.part, which an earlier try may have left; gives up after 8 tries without
-    a new byte. A local file, or one that is there with the right sha256, is not fetched. Raises OSError."""
+    """Fetch a file to `path` by way of `path`.part, which an earlier attempt may have left; give up after 8 attempts
+    without progress. A local file, or one already there with the right sha256, is not fetched. Raises OSError."""
     if not file.url:
         return Path(file.name)
     if file.sha256 and path.is_file() and sha256_of(path) == file.sha256:
@@ -261,19 +260,20 @@ def download(file: RawFile, path: Path) -> Path:
     part.touch()
     furthest, failures = part.stat().st_size, 0
     while part.stat().st_size < file.size:
-        try:
-            receive(file, part)
-        except (requests.RequestException, HTTPError) as error:
-            have = part.stat().st_size
-            furthest, failures = max(furthest, have), 0 if have > furthest else failures + 1
-            with fetching(file.name):
-                if isinstance(error, requests.HTTPError) and error.response.status_code == 416:
-                    part.unlink()  # it is not a part of what the server has
-                if failures == 8 or isinstance(error, requests.HTTPError):
+        with fetching(file.name):
+            try:
+                receive(file, part)
+            except requests.HTTPError as error:  # the server refuses
+                if error.response.status_code == 416:  # what we have is not the start of its file
+                    part.unlink()
+                raise
+            except (requests.RequestException, HTTPError) as error:
+                have = part.stat().st_size
+                furthest, failures = max(furthest, have), 0 if have > furthest else failures + 1
+                if failures == 8:
                     raise
-            if failures:
                 status(f"fetching {file.name}: {type(error).__name__}; trying again")
-                time.sleep(min(60.0, 2.0 ** (failures - 1)))
+                time.sleep(min(60.0, 2.0**failures - 1))
     if part.stat().st_size != file.size or file.sha256 not in ("", sha256_of(part)):
         part.unlink()
         raise OSError(f"{file.name}: the download has the wrong size or sha256; run the same command again")
@@ -286,7 +286,9 @@ def model_directory(name_or_dir: str | Path) -> Path:
     for all. Raises FileNotFoundError if there is no such model, ValueError if it is damaged, OSError if not fetched."""
     directory = Path(name_or_dir)
     if all((directory / name).exists() for name in MODEL_FILES):
-        if any((directory / name).exists() for name in ("SHA256SUMS", "trainer.pt")):  # a checkpoint has its sums
+        if any(
+            (directory / name).exists() for name in ("SHA256SUMS", "trainer.pt")
+        ):  # a checkpoint always has checksums
             check_checksums(directory, MODEL_FILES)
         return directory
     if str(name_or_dir) not in OPENAI_MODELS:
@@ -294,14 +296,14 @@ def model_directory(name_or_dir: str | Path) -> Path:
         raise FileNotFoundError(f"{name_or_dir} is not a model: {neither}")
     home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     if home.startswith("~"):
-        raise OSError(f"there is no home directory to keep {name_or_dir} in; set XDG_CACHE_HOME")
+        raise OSError(f"there is no home directory to cache {name_or_dir} in; set XDG_CACHE_HOME")
     directory = Path(home) / "gpt2" / name_or_dir
 
     with suppress(OSError, ValueError):
         check_checksums(directory, MODEL_FILES)
         return directory
     status(f"waiting for {directory}")
-    with locked(directory, wait=True):  # what another process has fetched meanwhile, `download` leaves as it is
+    with locked(directory, wait=True):  # download() skips what another process has fetched meanwhile
         files = {file.name: file for file in list_hub(f"models/openai-community/{name_or_dir}")}
         if not files.keys() >= set(MODEL_FILES):
             raise OSError(f"the hub does not list {' and '.join(MODEL_FILES)} for {name_or_dir}")
@@ -311,15 +313,12 @@ def model_directory(name_or_dir: str | Path) -> Path:
     return directory
 
 
-# Tokens in order
-
-
 def tokenize_in_order(
     files: list[RawFile], paths: list[Path], place: list[int], tokenizer: tiktoken.Encoding, workers: int
 ) -> Iterator[tuple[list[int], np.ndarray]]:
     """Yield (place, tokens) for each batch of documents, in order, from `place` = [file, batch] on. Threads tokenize
     ahead (tiktoken works outside of Python's lock) while one downloads the next file, to its path."""
-    own = threading.local()  # threads that share an Encoding wait for the scratch memory of its regular expression
+    own = threading.local()  # threads that share an Encoding would wait for its regular expression's scratch memory
 
     def fetch(index: int) -> Future | None:
         return begin(download, files[index], paths[index]) if index < len(files) else None
@@ -330,7 +329,7 @@ def tokenize_in_order(
             for index in range(place[0], len(files)):
                 path, ahead = ahead.result(), fetch(index + 1)
                 yield from (([index, i], texts) for i, texts in enumerate(read_batches(path)) if [index, i] >= place)
-        except Exception as error:  # to be raised in its turn, after the results before it
+        except Exception as error:  # to be raised in its turn, after the results of earlier batches
             yield place, error
 
     def tokenize_batch(batch: tuple[list[int], Any]) -> tuple[list[int], np.ndarray]:
@@ -355,10 +354,9 @@ def read_header(path: Path) -> int:
         magic, version, tokens = np.frombuffer(file.read(12).ljust(12, b"\0"), dtype="<i4").tolist()
     if (magic, version) != (SHARD_MAGIC, SHARD_VERSION):
         raise ValueError(f"{path} is not a token shard (its header is not that of llm.c's version {SHARD_VERSION})")
-    size, expected = path.stat().st_size, HEADER_BYTES + 2 * tokens
-    if tokens < 1 or size != expected:
-        problem = f"it has {size} bytes and should have {expected}" if tokens > 0 else "it has no tokens"
-        raise ValueError(f"{path} is damaged: {problem}")
+    size = path.stat().st_size
+    if tokens < 1 or size != HEADER_BYTES + 2 * tokens:
+        raise ValueError(f"{path} is damaged: its header says {tokens:,} tokens, but it has {size:,} bytes")
     return tokens
 
 
@@ -378,21 +376,19 @@ class Split(NamedTuple):
 
 
 def read_meta(directory: Path) -> dict:
-    """A data directory's meta.json: at least "tokenizer" and "vocab_size". Shards without one are another program's,
-    with GPT-2's tokens. Raises FileNotFoundError without a directory, ValueError if it is incomplete or damaged."""
+    """A data directory's meta.json, with at least "tokenizer" and "vocab_size". Shards without one are taken to be
+    another program's, with GPT-2's tokens. Raises FileNotFoundError, or ValueError for incomplete or damaged data."""
     path = directory / "meta.json"
     if not directory.is_dir():
         source = f"--source {directory.name}" if directory.name in SOURCES else f"--input YOUR_TEXT --out={directory}"
         raise FileNotFoundError(f"{directory} does not exist; create it with: python prepare_data.py {source}")
     if not path.exists():
         return {"tokenizer": "gpt2", "vocab_size": VOCAB_SIZES["gpt2"]}
-    if not (directory / "SHA256SUMS").exists():  # of an older version, which kept its checksums in meta.json
-        command = f"(cd {shlex.quote(str(directory))} && sha256sum meta.json *.bin > SHA256SUMS)"
-        raise ValueError(f"{directory} has no SHA256SUMS; if an older version prepared it, run: {command}")
-    check_checksums(directory, ["meta.json"])
+    if path.name not in read_checksums(directory):  # where it is listed last
+        unfinished = "is incomplete, or has lost its SHA256SUMS"
+        raise ValueError(f"{directory} {unfinished}; run the same prepare_data.py command again to finish it")
+    check_checksums(directory, [path.name])
     meta = read_object(path.read_bytes(), path)
-    if not meta.get("complete"):
-        raise ValueError(f"{directory} is incomplete; run the same prepare_data.py command again to finish it")
     tokenizer = meta.get("tokenizer")
     if not isinstance(tokenizer, str) or VOCAB_SIZES.get(tokenizer, 0) != meta.get("vocab_size"):
         raise ValueError(f"{path} is damaged: its tokenizer and vocab_size do not match")
@@ -400,21 +396,19 @@ def read_meta(directory: Path) -> dict:
 
 
 def find_shards(directory: Path, name: str) -> list[Path]:
-    """The shards `*name_*.bin`, or llm.c's `*_name.bin`. Raises FileNotFoundError when there are none, ValueError when
-    they are not those that SHA256SUMS lists."""
+    """The shards `*name_*.bin`, or llm.c's `*_name.bin`, as SHA256SUMS lists them. Raises an OSError or ValueError."""
     paths = sorted(directory.glob(f"*{name}_*.bin")) or sorted(directory.glob(f"*_{name}.bin"))
     listed, found = read_checksums(directory), {path.name for path in paths}
-    for odd in sorted({n for n in listed if n.startswith(f"{name}_")} ^ found) if listed else ():
-        problem = "is not listed in SHA256SUMS" if odd in found else "is missing"
-        raise ValueError(f"{directory / odd} {problem}; prepare the data again in another directory")
+    if listed and (odd := sorted({n for n in listed if n.startswith(f"{name}_")} ^ found)):
+        problem = "is not listed in SHA256SUMS" if odd[0] in found else "is missing"
+        raise ValueError(f"{directory / odd[0]} {problem}; prepare the data again in another directory")
     if not paths:
-        raise FileNotFoundError(f"{directory} has no {name}_*.bin; run prepare_data.py, or give another --data")
+        raise FileNotFoundError(f"{directory} has no {name}_*.bin; run prepare_data.py, or choose another --data")
     return paths
 
 
 def open_split(directory: Path, name: str, sequence_length: int) -> Split:
-    """Find the shards of a split, "train" or "val", and read their headers. Raises FileNotFoundError when there are
-    none, ValueError when they are damaged or too small."""
+    """Find the shards of a split, "train" or "val", and read their headers. Raises FileNotFoundError or ValueError."""
     paths = find_shards(directory, name)
     tokens = [read_header(path) for path in paths]
     first = np.cumsum([0] + [(count - 1) // sequence_length for count in tokens], dtype=np.int64)
@@ -425,22 +419,18 @@ def open_split(directory: Path, name: str, sequence_length: int) -> Split:
 
 
 def read_sequences(split: Split, indices: np.ndarray) -> np.ndarray:
-    """The sequences with these indices: (n, T + 1) int64. Raises ValueError for a truncated shard, or a token outside
-    the vocabulary."""
+    """The sequences with these indices: (n, T + 1) int64. Raises ValueError for a truncated or foreign shard."""
     T = split.sequence_length
     sequences = np.empty((len(indices), T + 1), dtype=np.int64)
     for row, index in enumerate(indices):
         shard = int(np.searchsorted(split.first, index, side="right")) - 1
-        # A plain read: pages of a memory map would count as memory of this process, and pile up over an epoch.
-        with open(split.paths[shard], "rb", buffering=0) as file:
-            file.seek(HEADER_BYTES + 2 * T * int(index - split.first[shard]))
-            tokens = np.frombuffer(file.read(2 * (T + 1)), dtype="<u2")
+        path, start = split.paths[shard], HEADER_BYTES + 2 * T * int(index - split.first[shard])
+        # Not a memory map, whose pages would count as memory of this process and pile up over an epoch.
+        tokens = np.fromfile(path, dtype="<u2", count=T + 1, offset=start)
         if len(tokens) <= T:
-            raise ValueError(f"{split.paths[shard]} was truncated while in use")
+            raise ValueError(f"{path} was truncated while in use")
         if (largest := tokens.max()) >= split.vocab_size:
-            raise ValueError(
-                f"{split.paths[shard]} contains token {largest}, but the vocabulary has only {split.vocab_size} tokens"
-            )
+            raise ValueError(f"{path} contains token {largest}, but the vocabulary has {split.vocab_size} tokens")
         sequences[row] = tokens
     return sequences
 
@@ -472,74 +462,59 @@ def local_file(path: Path) -> RawFile:
 
 
 def list_corpus(settings: dict) -> list[RawFile]:
-    """The Parquet files of `sample-10BT`, another sample, or a dump such as `CC-MAIN-2024-10`: those that are needed
-    for max_tokens. Raises OSError."""
+    """The Parquet files of a sample or a dump of FineWeb, as many as max_tokens needs. Raises OSError."""
     subset, most = settings["subset"], settings["max_tokens"] or sys.maxsize
     folder = subset.replace("sample-", "/sample/") if subset.startswith("sample-") else f"/data/{subset}"
     files = [f for f in list_hub(f"datasets/{HUB_DATASETS[settings['source']]}", folder) if f.name.endswith(".parquet")]
     if not files:
         raise OSError(f"the hub lists no Parquet files for subset {subset} of {settings['source']}")
     before = itertools.accumulate((file.size for file in files), initial=0)
-    return [
-        file for file, size in zip(files, before, strict=False) if 0.2 * size < most
-    ]  # a byte of Parquet has 0.3 tokens; 0.2 is safe
+    # A byte of Parquet holds about 0.3 tokens; 0.2 leaves a margin.
+    return [file for file, size in zip(files, before, strict=False) if 0.2 * size < most]
 
 
 def next_shard(meta: dict) -> tuple[str, int]:
-    """The split that the next token belongs to, and the tokens that its next shard can hold: 0 for no more shards."""
+    """The split that the next token belongs to, and how many tokens its next shard may hold: 0 after max_tokens."""
     val, train, size = meta["val"]["tokens"], meta["train"]["tokens"], meta["shard_tokens"]
     if val < meta["val_tokens"]:
         return "val", min(size, meta["val_tokens"] - val)
     return "train", min(size, (meta["max_tokens"] or sys.maxsize) - val - train)
 
 
-# Preparing a directory
-
-
 def add_shard(out: Path, meta: dict, pieces: list[np.ndarray], split: str, position: list[int]) -> None:
-    """Write a shard, then meta.json: what the split now holds, and `position`, the first token that is in no shard yet,
-    as [file, batch in it, token in that]."""
+    """Write a shard, its checksum, then meta.json: what the split now holds, and `position`, the first token that is in
+    no shard yet, as [file, batch in it, token in that]."""
     tokenizer, before, total = get_tokenizer(meta["tokenizer"]), meta[split], sum(map(len, pieces))
     path = out / f"{split}_{before['shards']:06d}.bin"
     header = np.zeros(HEADER_BYTES // 4, dtype="<i4")
     header[:3] = SHARD_MAGIC, SHARD_VERSION, total
     write_atomically(path, [header, *(np.ascontiguousarray(piece, dtype="<u2") for piece in pieces)])
-    counts = sum(np.bincount(piece, minlength=tokenizer.n_vocab) for piece in pieces)  # of each token
+    uses = sum(np.bincount(piece, minlength=tokenizer.n_vocab) for piece in pieces)  # of each token
+    new = (1, int(uses[tokenizer.eot_token]), total, int(uses @ token_bytes(tokenizer)))
     meta["position"] = position
-    meta[split] = {
-        "shards": before["shards"] + 1,
-        "documents": before["documents"] + int(counts[tokenizer.eot_token]),
-        "tokens": before["tokens"] + total,
-        "bytes": before["bytes"] + int(counts @ token_bytes(tokenizer)),
-    }
-    write_meta(out, meta, [path.name])
+    meta[split] = {name: before[name] + count for name, count in zip(COUNTS, new, strict=True)}
+    add_checksums(out, [path.name])
+    write_meta(out, meta)
     say(f"{path}: {total:,} tokens")
 
 
-def write_meta(out: Path, meta: dict, shards: list[str]) -> None:
-    """Write meta.json, and its checksum and those of new shards. A crash between the two leaves meta.json.new, which
-    read_progress puts in its place."""
-    new = out / "meta.json.new"
-    write_atomically(new, [json.dumps(meta, indent=2).encode() + b"\n"])
-    add_checksums(out, shards, {"meta.json": sha256_of(new)})
-    new.replace(out / "meta.json")
+def write_meta(out: Path, meta: dict) -> None:
+    write_atomically(out / "meta.json", [json.dumps(meta, indent=2).encode() + b"\n"])
 
 
 def read_progress(out: Path) -> dict:
     """The meta.json of an earlier run; {} if there is none. Raises ValueError when it is damaged."""
-    path, new = out / "meta.json", out / "meta.json.new"
-    if new.is_file() and read_checksums(out).get("meta.json") == sha256_of(new):
-        new.replace(path)
+    path = out / "meta.json"
     if not path.exists():
         return {}
-    check_checksums(out, ["meta.json"])
+    check_checksums(out, read_checksums(out).keys() & {path.name})  # it is listed once it is complete
     meta = read_object(path.read_bytes(), path)
     with reading(path):
         for split in ("train", "val"):
-            meta[split] = {name: int(meta[split][name]) for name in ("shards", "documents", "tokens", "bytes")}
+            meta[split] = {name: int(meta[split][name]) for name in COUNTS}
         files = [RawFile(str(name), int(size), str(sha), str(url)) for name, size, sha, url in meta["files"]]
         file, batch, token = map(int, meta["position"])
-        return meta | {"position": [file, batch, token], "complete": meta["complete"], "files": files}
+        return meta | {"position": [file, batch, token], "files": files}
 
 
 def open_meta(settings: dict, files: list[RawFile], out: Path) -> dict:
@@ -553,18 +528,18 @@ def open_meta(settings: dict, files: list[RawFile], out: Path) -> dict:
         return meta | settings
     if not meta and any(out.glob("*.bin")):
         raise FileExistsError(f"{out} contains shards that this script did not write; choose another --out")
-    empty = {"shards": 0, "documents": 0, "tokens": 0, "bytes": 0}
-    meta = settings | {"vocab_size": VOCAB_SIZES[settings["tokenizer"]], "train": empty, "val": empty}
-    meta |= {"complete": False, "position": start, "files": files or list_corpus(settings)}  # a hub may change
-    write_meta(out, meta, [])
+    meta = settings | {"vocab_size": VOCAB_SIZES[settings["tokenizer"]]}
+    meta |= {split: dict.fromkeys(COUNTS, 0) for split in ("train", "val")}
+    meta |= {"position": start, "files": files or list_corpus(settings)}  # kept, since the hub's listing may change
+    write_meta(out, meta)
     return meta
 
 
 def prepare(settings: dict, files: list[RawFile], out: Path, workers: int) -> dict:
-    """Prepare `out` as `settings` say, or continue that; returns the content of its meta.json."""
+    """Prepare `out` according to `settings`, or continue an earlier run; return the content of its meta.json."""
     tokenizer, work = get_tokenizer(settings["tokenizer"]), out / ".work"
     meta = open_meta(settings, files, out)
-    if meta["complete"]:
+    if "meta.json" in read_checksums(out):  # listed last: the preparation is complete
         discard(work)
         check_checksums(out, [path.name for name in ("val", "train") for path in find_shards(out, name)])
         say(f"{out} is already prepared")
@@ -572,7 +547,7 @@ def prepare(settings: dict, files: list[RawFile], out: Path, workers: int) -> di
     if work.is_symlink():
         work.unlink()
     files = files or meta["files"]
-    paths = [work / f"{i:06d}-{Path(file.name).name}" for i, file in enumerate(files)]  # names alone may be alike
+    paths = [work / f"{i:06d}-{Path(file.name).name}" for i, file in enumerate(files)]  # base names may repeat
     *start, skip = meta["position"]
     pieces, (split, room), done, began = [], next_shard(meta), 0, time.monotonic()
     for place, tokens in tokenize_in_order(files, paths, start, tokenizer, workers):
@@ -597,13 +572,13 @@ def prepare(settings: dict, files: list[RawFile], out: Path, workers: int) -> di
         advice = f"all {total:,} tokens went to validation; choose a smaller --val-tokens and another --out"
         raise ValueError(f"there is no text to train on in {names}: {advice if total else 'it is empty'}")
     if changed := [file.name for file in files if not file.url and sha256_of(Path(file.name)) != file.sha256]:
-        raise ValueError(f"{changed[0]} has changed while it was being read; prepare it again, to another --out")
-    write_meta(out, meta | {"complete": True}, [])
+        raise ValueError(f"{changed[0]} changed while it was being read; prepare it again with another --out")
+    add_checksums(out, ["meta.json"])
     discard(work)
     return meta
 
 
-# Shared by the scripts: the terminal
+# Shared by the scripts: the terminal and threads
 
 
 @contextmanager
@@ -611,9 +586,9 @@ def one_line_errors(script: str, memory_advice: str) -> Iterator[None]:
     """Turn an error that the user can fix into one line on standard error, and exit status 1; Ctrl-C into status 130.
     `memory_advice` says how to use less memory."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
-        if getattr(sys, name) is None:  # closed, and the next file to be opened would take its place
+        if getattr(sys, name) is None:  # closed: the next file opened would get its descriptor
             setattr(sys, name, open(os.devnull, mode))
-    with suppress(AttributeError):  # a test's
+    with suppress(AttributeError):  # a test's replacement lacks it
         sys.stdout.reconfigure(errors="replace")
     try:
         yield
@@ -621,7 +596,7 @@ def one_line_errors(script: str, memory_advice: str) -> Iterator[None]:
         status("")
         sys.exit(130)
     except BrokenPipeError:  # the reader has closed the pipe
-        sys.stdout = None  # which Python would flush at its end
+        sys.stdout = None  # or Python would flush it at exit, and fail again
         sys.exit(0)
     except (ValueError, OSError, FloatingPointError, MemoryError, ModuleNotFoundError, RuntimeError) as error:
         problem = printable(" ".join(str(error).split()))
@@ -634,12 +609,12 @@ def one_line_errors(script: str, memory_advice: str) -> Iterator[None]:
         elif isinstance(error, RuntimeError):
             raise
         status("")
-        sys.stderr.write(f"{script}: error: {problem}\n")  # at once: other ranks may write too
+        sys.stderr.write(f"{script}: error: {problem}\n")  # in one write: other ranks may be writing too
         sys.exit(1)
 
 
 def printable(text: str) -> str:
-    """Text without control characters, which a terminal would obey."""
+    """Escape control characters, which a terminal would obey."""
     return "".join(c if c.isprintable() or c in "\n\t" else f"\\x{ord(c):02x}" for c in text)
 
 
@@ -648,8 +623,7 @@ def is_main_process() -> bool:
 
 
 def say(text: str, file: Any = None) -> None:
-    """Print a line on rank 0, in place of the status. If the reader has closed the pipe, the line is dropped, and the
-    run continues."""
+    """Print a line on rank 0, in place of the status. A reader that has closed the pipe does not end the run."""
     status("")
     try:
         if is_main_process():
@@ -683,11 +657,8 @@ def number(kind: type, least: float, most: float) -> Callable[[str], Any]:
     return parse
 
 
-# Shared by the scripts: threads
-
-
 def begin(function: Callable, *args: Any) -> Future:
-    """Call a function in a daemon thread, which the process does not wait for when it ends."""
+    """Call a function in a daemon thread, which does not keep the process alive."""
     future = Future()
 
     def call() -> None:
@@ -720,26 +691,25 @@ def locked(directory: Path, wait: bool = False) -> Iterator[None]:
     process, however that ends. Raises BlockingIOError if another process holds it; with `wait`, waits for it."""
     new = not directory.exists()
     directory.mkdir(parents=True, exist_ok=True)
-    file = os.open(directory / ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except BlockingIOError as error:
-        holder = "another process (perhaps a worker left over from torchrun)"
-        raise BlockingIOError(f"{directory} is in use by {holder}; wait, or choose another --out") from error
-    except OSError as error:  # a network file system without locks
-        say(f"warning: {directory} cannot be locked ({error}); make sure only one run writes to it", sys.stderr)
-    try:
-        yield
-    finally:
-        with suppress(OSError):
-            if new and os.listdir(directory) == [".lock"]:  # nothing came of it
-                os.unlink(directory / ".lock")
-                os.removedirs(directory)
-        os.close(file)
+    with open(os.open(directory / ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)) as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError as error:
+            holder = "another process (perhaps a worker left over from torchrun)"
+            raise BlockingIOError(f"{directory} is in use by {holder}; wait, or choose another --out") from error
+        except OSError as error:  # a network file system without locks
+            say(f"warning: {directory} cannot be locked ({error}); make sure only one run writes to it", sys.stderr)
+        try:
+            yield
+        finally:
+            with suppress(OSError):
+                if new and os.listdir(directory) == [".lock"]:  # nothing came of it
+                    os.unlink(directory / ".lock")
+                    os.removedirs(directory)
 
 
 def discard(path: Path) -> None:
-    """Remove whatever is at `path`, if anything is: of a link, the link."""
+    """Remove whatever is at `path`, if anything; a link is removed, not followed."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -765,7 +735,7 @@ def write_atomically(path: Path, pieces: Iterable[Any]) -> None:
 
 @contextmanager
 def reading(what: object) -> Iterator[None]:
-    """Whatever goes wrong in a file that somebody else may have written becomes a ValueError that names it."""
+    """Turn anything that goes wrong with a foreign file into a ValueError that names it."""
     try:
         yield
     except Exception as error:
@@ -793,15 +763,14 @@ def read_checksums(directory: Path) -> dict[str, str]:
     return {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
 
 
-def add_checksums(directory: Path, names: Iterable[str], others: dict[str, str] | None = None) -> None:
-    """Add files, and `others` whose sums are known, to `SHA256SUMS`, which `sha256sum -c` reads."""
-    sums = read_checksums(directory) | {name: sha256_of(directory / name) for name in names} | (others or {})
+def add_checksums(directory: Path, names: Iterable[str]) -> None:
+    """Add files to `SHA256SUMS`, which `sha256sum -c` reads."""
+    sums = read_checksums(directory) | {name: sha256_of(directory / name) for name in names}
     write_atomically(directory / "SHA256SUMS", [f"{sums[name]}  {name}\n".encode() for name in sorted(sums)])
 
 
 def check_checksums(directory: Path, names: Iterable[str], sums: dict[str, str] | None = None) -> dict[str, str]:
-    """The sha256 of files, by name, compared with `sums` ("": anything), or those of `SHA256SUMS`. Raises ValueError or
-    OSError naming what is damaged or missing."""
+    """Hash files and compare with `sums` ("" accepts anything) or SHA256SUMS. Raises ValueError or OSError."""
     sums, found = read_checksums(directory) if sums is None else sums, {}
     for name in names:
         if not (path := directory / name).is_file():
@@ -851,7 +820,7 @@ def prepare_source(source: str | None, args: argparse.Namespace) -> None:
             "shard_tokens": args.shard_tokens,
             "val_tokens": val_tokens,
             "max_tokens": args.max_tokens,
-        }  # which decide every byte of the result
+        }  # together they determine every byte of the result
         meta = prepare(settings, files, out, args.workers)
         discard(out / ".demo.jsonl")
     for split in ("val", "train"):
@@ -863,28 +832,21 @@ def prepare_source(source: str | None, args: argparse.Namespace) -> None:
 def main(argv: list[str] | None = None) -> None:
     about = "Prepare token shards for train.py. With no options: FineWeb-Edu 10B, HellaSwag and LAMBADA."
     parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, allow_abbrev=False, description=about)
-    amount, shard = number(int, 1, 10**15), number(int, 1, 2**31 - 1)
-    subset = "of FineWeb: sample-10BT, sample-100BT, sample-350BT, or a dump (default: sample-10BT)"
-    add, origin = parser.add_argument, parser.add_mutually_exclusive_group()
-    held_out = "tokens held out for validation (default: 100M, or a tenth of a smaller text)"
-    origin.add_argument(
-        "--source", choices=SOURCES, help="what to download (default: fineweb-edu and both evaluation sets)"
-    )
+    add, origin, amount = parser.add_argument, parser.add_mutually_exclusive_group(), number(int, 1, 10**15)
+    origin.add_argument("--source", choices=SOURCES, help="what to download (default: fineweb-edu, hellaswag, lambada)")
     origin.add_argument("--input", nargs="+", metavar="FILE", help="your own text: " + ", ".join(FORMATS))
-    add("--subset", default="sample-10BT", help=subset)
-    add("--out", help="directory for one source (default: data/NAME for each)")
+    add("--subset", default="sample-10BT", help="of FineWeb: sample-100BT, ..., or a dump (default: sample-10BT)")
+    add("--out", help="output directory, for one source (default: data/NAME)")
     add("--tokenizer", choices=VOCAB_SIZES, help="tokenizer (default: gpt2; byte for the demo)")
-    add("--shard-tokens", type=shard, default=10**8, help="tokens in a shard (default: 100M)")
-    add("--val-tokens", type=amount, help=held_out)
+    add("--shard-tokens", type=number(int, 1, 2**31 - 1), default=10**8, help="tokens in a shard (default: 100M)")
+    add("--val-tokens", type=amount, help="tokens for validation (default: 100M, or a tenth of a smaller text)")
     add("--max-tokens", type=amount, help="stop after this many tokens, including validation (default: all)")
-    add(
-        "--workers", type=number(int, 1, 1024), default=os.cpu_count(), help="tokenizer threads (default: one per core)"
-    )
+    add("--workers", type=number(int, 1, 1024), default=os.cpu_count(), help="threads (default: one per core)")
     args = parser.parse_args(argv)
     sources = [args.source] if args.input or args.source else [*EVALUATION_SETS, "fineweb-edu"]
     if args.out == "":
         parser.error("--out must name a directory")
-    with one_line_errors("prepare_data.py", "take fewer --workers"):
+    with one_line_errors("prepare_data.py", "use fewer --workers"):
         for source in sources[-1:] if args.out else sources:
             prepare_source(source, args)
 

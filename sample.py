@@ -28,8 +28,8 @@ except ModuleNotFoundError as error:
 
 
 def stream_decoder(tokenizer: tiktoken.Encoding) -> Callable[[int], str]:
-    """Tokens to text, one after the other: a character whose bytes are spread over several tokens comes with the last
-    of them, and the <|endoftext|> that ends a text is no part of it."""
+    """Return a function that turns tokens into text one by one: a character spread over several tokens appears with the
+    last of them, and <|endoftext|> is not shown."""
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def decode(token: int) -> str:
@@ -59,7 +59,7 @@ def sample(args: argparse.Namespace) -> None:
     device, (config, name) = gpt.choose_device(args.device), gpt.read_config(directory)
     tokenizer = prep.get_tokenizer(name)
     if tokenizer.n_vocab != config.vocab_size:
-        raise ValueError(f"{directory} has {config.vocab_size} tokens, but its tokenizer, {name}, {tokenizer.n_vocab}")
+        raise ValueError(f"{directory} has {config.vocab_size} tokens, and the {name} tokenizer {tokenizer.n_vocab}")
     prep.status(f"reading {directory}")
     model = gpt.center_logits(gpt.load_model(directory)).to(device, gpt.choose_dtype(args.dtype, device))
     prep.status("")
@@ -88,32 +88,31 @@ def sample(args: argparse.Namespace) -> None:
         print(decode(tokenizer.eot_token))
         for other in list(zip(*drawn, strict=True))[1:]:
             print("-" * 80, prompt + "".join(map(decode, (*other, tokenizer.eot_token))), sep="\n", flush=True)
-        # The rate is that after the first tokens, which wait for the prompt, and perhaps for compiling.
+        # The rate leaves out the first tokens, which include reading the prompt and perhaps compiling.
         rest = times[2:] or times
         rate = (len(rest) - 1) * args.num_samples / (rest[-1] - rest[0]) if len(rest) > 1 else 0
         print(f"{len(times) * args.num_samples} tokens, {rate:.1f} tokens/s", file=sys.stderr)
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        usage=argparse.SUPPRESS, allow_abbrev=False, description="Generate text with GPT-2."
-    )
+    about = "Generate text with GPT-2."
+    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, allow_abbrev=False, description=about)
     add, number = parser.add_argument, prep.number
     add("--model", help="a checkpoint, a run, or gpt2, gpt2-medium, ... (default: the newest under out/)")
     add("--prompt", default="", help="text to continue; - reads standard input (default: none)")
     add("--interactive", action="store_true", help="read prompts from standard input, one per line")
-    add("--num-samples", type=number(int, 1, 4096), default=1, help="(default: 1)")
+    add("--num-samples", type=number(int, 1, 4096), default=1, help="samples per prompt (default: 1)")
     add("--max-new-tokens", type=number(int, 1, 10**6), default=500, help="per sample (default: 500)")
     add("--temperature", type=number(float, 0, 10**6), default=0.8, help="0: the most likely token (default: 0.8)")
     add("--top-k", type=number(int, 0, 10**6), default=50, help="keep the k most likely tokens; 0: all (default: 50)")
-    add("--top-p", type=number(float, 1e-6, 1), default=1.0, help="fewest tokens of total probability p (default: 1)")
+    add("--top-p", type=number(float, 1e-6, 1), default=1.0, help="keep the fewest tokens that sum to p (default: 1)")
     add("--seed", type=number(int, 0, 2**63 - 1), default=1337, help="seed of the random draws (default: 1337)")
-    add("--device", default="auto", choices=gpt.DEVICES, help="(default: auto)")
-    add("--dtype", default="auto", choices=gpt.DTYPES, help="(default: auto)")
+    add("--device", default="auto", choices=gpt.DEVICES, help="device to run on (default: auto)")
+    add("--dtype", default="auto", choices=gpt.DTYPES, help="precision of the model (default: auto)")
     add("--compile", action="store_true", help="torch.compile decoding; worthwhile for long texts")
     args = parser.parse_args(argv)
     torch.backends.cuda.enable_cudnn_sdp(False)  # it re-plans for every length
-    with prep.one_line_errors("sample.py", "take fewer --num-samples, or a smaller --model"):
+    with prep.one_line_errors("sample.py", "use fewer --num-samples, or a smaller --model"):
         sample(args)
 
 

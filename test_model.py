@@ -608,9 +608,8 @@ def test_law_5_shards_do_not_depend_on_workers_or_on_kills(site: Site, tmp_path:
         site.faults[:] = ["", "", "drop", "", "drop"]
         with running("prepare_data.py", "--out", killed, "--tokenizer", "byte", *options, lines=shards, word=".bin: "):
             pass
-    meta = prepare(killed, *options) / "meta.json"
-    meta.write_text(meta.read_text().replace('"complete": true', '"complete": false'))  # killed just before its end
-    prepare_data.add_checksums(killed, [meta.name])
+    sums = prepare(killed, *options) / "SHA256SUMS"  # as if killed just before its end
+    sums.write_text("".join(line for line in sums.read_text().splitlines(True) if "meta.json" not in line))
     for other in (*others, prepare(killed, *options)):
         assert {path.name for path in other.iterdir()} == names
         assert all((other / name).read_bytes() == (one / name).read_bytes() for name in names)
@@ -1233,8 +1232,7 @@ def test_train_says_what_is_wrong_in_one_line(data: Path, tmp_path: Path, capsys
     assert "python prepare_data.py --input" in refused(data=part)
     part.mkdir()
     assert "no val_" in refused(data=part)
-    (part / "meta.json").write_text('{"complete": false}')
-    prepare_data.add_checksums(part, ["meta.json"])
+    (part / "meta.json").write_text("{}")
     assert "incomplete" in refused(data=part)
     assert "only 46,912 usable tokens" in refused(total_batch_tokens=2**16)
     assert "no checkpoint" in refused(eval_only=True)

@@ -21,7 +21,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from functools import lru_cache, partial
@@ -54,8 +54,7 @@ except ModuleNotFoundError as error:
 def option(
     default: Any, help: str, least: float = 0, most: float = 2**31 - 1, choices: Any = None, fixed: bool = False
 ) -> Any:
-    """A field of TrainConfig, with its range or choices; a `fixed` one decides the result, and cannot change when a run
-    is resumed."""
+    """A field of TrainConfig, with its range or choices; a `fixed` one cannot change when a run is resumed."""
     return field(default=default, metadata={"help": help, "range": (least, most), "choices": choices, "fixed": fixed})
 
 
@@ -65,22 +64,22 @@ class TrainConfig:
 
     data: str = option("data/fineweb-edu", "directory of token shards")
     model: str = option("gpt2", "size of a new model", choices=MODEL_SIZES, fixed=True)
-    n_layer: int = option(0, "layers of a new model; 0: as --model has", fixed=True)
-    n_head: int = option(0, "attention heads of a new model; 0: as --model has", fixed=True)
-    n_embd: int = option(0, "width of a new model; 0: as --model has", fixed=True)
+    n_layer: int = option(0, "layers of a new model; 0: as in --model", fixed=True)
+    n_head: int = option(0, "attention heads of a new model; 0: as in --model", fixed=True)
+    n_embd: int = option(0, "width of a new model; 0: as in --model", fixed=True)
     out: str = option("", "directory for metrics and checkpoints (default: out/NAME for --data data/NAME)")
     resume: bool = option(False, "resume from the newest checkpoint in --out, if any, with its settings")
     init_from: str = option("", "start from these weights: a checkpoint, a run, or gpt2, gpt2-medium, ...")
     eval_only: bool = option(False, "only evaluate: --init-from, or the newest checkpoint in --out or under out/")
     seed: int = option(1337, "random seed for initialization, data order and dropout", fixed=True)
     sequence_length: int = option(1024, "tokens in a sequence; also the context of a new model", 1, 2**20, fixed=True)
-    micro_batch_size: int = option(0, "sequences per device per pass; 0: largest that fits")
+    micro_batch_size: int = option(0, "sequences per device in one pass; 0: the most that fit")
     total_batch_tokens: int = option(2**19, "tokens in an update, over all devices and passes", 1, fixed=True)
     steps: int = option(19073, "number of updates", 1, fixed=True)
     warmup_steps: int = option(715, "warmup updates", fixed=True)
     max_lr: float = option(6e-4, "learning rate after the warmup", most=1e30, fixed=True)
     min_lr: float = option(6e-5, "learning rate at the end", most=1e30, fixed=True)
-    beta2: float = option(0.95, "decay rate of AdamW's average of squared gradients", most=0.999999, fixed=True)
+    beta2: float = option(0.95, "decay rate of AdamW's squared-gradient average", most=0.999999, fixed=True)
     weight_decay: float = option(0.1, "weight decay, on matrices", most=1e30, fixed=True)
     grad_clip: float = option(1.0, "clip the gradient to this norm; 0: no clipping", most=1e30, fixed=True)
     dropout: float = option(0.0, "dropout of embeddings, attention and residual branches", most=0.999, fixed=True)
@@ -101,7 +100,7 @@ class TrainConfig:
         for item in fields(self):  # they may come from a checkpoint
             value, (least, most) = getattr(self, item.name), item.metadata["range"]
             if not isinstance(value, item.type) or (item.type in (int, float) and not least <= value <= most):
-                raise ValueError(f"{item.name} cannot be {value!r}")
+                raise ValueError(f"{item.name} is {value!r}, which is out of range or of the wrong type")
 
 
 BOOK = TrainConfig(
@@ -127,8 +126,7 @@ PRESETS = {
 
 
 def parse_args(parser: argparse.ArgumentParser, argv: list[str] | None) -> tuple[TrainConfig, dict[str, Any]]:
-    """Parse the command line, which has an option for each field of TrainConfig. Returns the settings, and those that
-    were given."""
+    """Parse the command line, an option for each field. Returns all settings, and the ones given explicitly."""
     parser.add_argument("--preset", default="gpt2", choices=PRESETS, help="set of defaults; other options override it")
     for item in fields(TrainConfig):
         text, kwargs = item.metadata["help"], {}
@@ -142,9 +140,9 @@ def parse_args(parser: argparse.ArgumentParser, argv: list[str] | None) -> tuple
         parser.add_argument("--" + item.name.replace("_", "-"), default=None, help=text, **kwargs)
     given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
     config, runs = replace(PRESETS[given.pop("preset")], **given), Path("out")
-    latest = config.eval_only and config.data == TrainConfig.data  # the run that sample.py would take
-    follows = gpt.newest_run(runs) if latest else runs / Path(config.data).resolve().name
-    return replace(config, out=config.out or str(follows)), given
+    newest = config.eval_only and config.data == TrainConfig.data  # the run that sample.py would take
+    out = gpt.newest_run(runs) if newest else runs / Path(config.data).resolve().name
+    return replace(config, out=config.out or str(out)), given
 
 
 def check_config(config: TrainConfig) -> None:
@@ -186,7 +184,7 @@ def start_process(device: str) -> Process:
         raise ValueError(f"RANK is {rank}, but WORLD_SIZE is {world_size}; start several processes with torchrun")
     if chosen.type == "cuda":
         if local_rank >= torch.cuda.device_count():
-            raise ValueError(f"{local_rank + 1} processes were started for {torch.cuda.device_count()} GPUs")
+            raise ValueError(f"there is no GPU for local rank {local_rank}; start fewer processes (--nproc_per_node)")
         chosen = torch.device("cuda", local_rank)
         torch.cuda.set_device(chosen)
     if world_size > 0:  # set by torchrun, even for a single process
@@ -197,7 +195,8 @@ def start_process(device: str) -> Process:
             store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
         backend, device_id = ("nccl", chosen) if chosen.type == "cuda" else ("gloo", None)
         limit = timedelta(minutes=30)  # the others wait while rank 0 writes a checkpoint, 19 GB for gpt2-xl
-        dist.init_process_group(backend, None, limit, world_size, rank, store, device_id=device_id)
+        place = {"store": store, "world_size": world_size, "rank": rank, "device_id": device_id}
+        dist.init_process_group(backend, timeout=limit, **place)
     return Process(rank, max(1, world_size), chosen)
 
 
@@ -231,18 +230,15 @@ def catch_signals(stops: list[int]) -> None:
 
 @lru_cache(maxsize=2)  # a batch can span two epochs
 def epoch_order(sequences: int, seed: int, epoch: int) -> np.ndarray:
-    """The order of an epoch: a permutation of range(sequences). RandomState, since NumPy has frozen its streams."""
+    """The order of an epoch: a permutation of range(sequences). RandomState, since NumPy keeps its streams for good."""
     return np.random.RandomState([seed, epoch]).permutation(sequences)
 
 
 def batch_indices(split: Split, config: TrainConfig, step: int) -> np.ndarray:
     """The sequences of update `step`, in order: (total_batch_tokens / T,) int64, however many devices there are."""
     size, total = config.total_batch_tokens // config.sequence_length, split.sequences
-    positions = np.arange((step - 1) * size, step * size)
-    epochs = positions // total
-    return np.concatenate(
-        [epoch_order(total, config.seed, int(e))[positions[epochs == e] % total] for e in np.unique(epochs)]
-    )
+    epochs, places = np.divmod(np.arange((step - 1) * size, step * size), total)
+    return np.concatenate([epoch_order(total, config.seed, int(e))[places[epochs == e]] for e in np.unique(epochs)])
 
 
 def load_batch(split: Split, config: TrainConfig, size: int, step: int, process: Process) -> Tensor:
@@ -263,8 +259,9 @@ CHECKPOINT_FILES = ("config.json", "model.safetensors", "trainer.pt", *TOKENIZER
 
 @lru_cache
 def tokenizer_files(tokenizer: tiktoken.Encoding) -> dict[str, str]:
-    """The tokenizer's files by name, as OpenAI published GPT-2's. A byte is spelled as a character: 188 of them as in
-    Latin-1, the others from chr(256) on. A token's last merge is of the two parts that byte-pair encoding leaves."""
+    """The tokenizer's files by name, in the format of OpenAI's GPT-2. Bytes are spelled as characters: 188 as in
+    Latin-1, the others from chr(256) on. The merge of a token joins the last two parts that byte-pair encoding leaves
+    of it."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     ordered = printable + [byte for byte in range(256) if byte not in printable]
     spelling = {byte: chr(byte if i < 188 else 68 + i) for i, byte in enumerate(ordered)}
@@ -334,9 +331,9 @@ def load_trainer(checkpoint: Path) -> TrainState:
             if not isinstance(value := getattr(trainer, name), kind):
                 raise TypeError(f"{name} is {type(value).__name__}, not {kind.__name__}")
         if trainer.config.keys() != asdict(TrainConfig()).keys():
-            raise ValueError("its settings are those of another version")
+            raise ValueError("its settings are from another version of train.py")
         if not 0 < trainer.step <= TrainConfig(**trainer.config).steps:  # which checks their types and ranges
-            raise ValueError(f"it claims to be of step {trainer.step}")
+            raise ValueError(f"it claims to be at step {trainer.step}")
         return trainer._replace(updates=[(float(loss), float(seconds)) for loss, seconds in trainer.updates])
 
 
@@ -376,7 +373,7 @@ def find_source(config: TrainConfig) -> tuple[Path | None, bool]:
 
 
 def saved_config(config: TrainConfig, given: dict[str, Any], trainer: TrainState, source: Path) -> TrainConfig:
-    """A checkpoint's settings with those `given`; ValueError for one that would change what a resumed run computes."""
+    """A checkpoint's settings, overridden by those `given`. ValueError for one that would change a resumed run."""
     saved = trainer.config
     fixed = [item.name for item in fields(config) if item.metadata["fixed"] and item.name in given]
     changed = [f"--{n.replace('_', '-')} was {saved[n]} and is now {given[n]}" for n in fixed if given[n] != saved[n]]
@@ -390,8 +387,8 @@ def saved_config(config: TrainConfig, given: dict[str, Any], trainer: TrainState
 
 
 def open_log(path: Path, config: TrainConfig, step: int) -> Callable[[dict], None]:
-    """Return a function that appends an entry to metrics.jsonl, which is recreated if it is gone, and shows it. First,
-    lines past `step` are dropped, and the evaluation of `step`, which will come again, and lines cut by a crash."""
+    """Return a function that appends an entry to metrics.jsonl, recreated if it has been deleted, and prints it. First
+    drop lines after `step`, the evaluation at `step` (it will be repeated), and lines cut off by a crash."""
     if config.tensorboard:
         from torch.utils.tensorboard import SummaryWriter
 
@@ -460,8 +457,8 @@ class EvalSet(NamedTuple):
 
 
 def read_tasks(name: str, path: Path, tokenizer: tiktoken.Encoding, most: int) -> EvalSet:
-    """The first `most` tasks of a set in its published form. An ending's tokens are those of a space and its text; that
-    of a LAMBADA passage is its last word. Raises ValueError, with the line, for what is not a task."""
+    """The first `most` tasks of a set in its published form. An ending is tokenized with a leading space; LAMBADA's is
+    the passage's last word. Raises ValueError, naming the line, for a malformed task."""
     if (path.parent / "SHA256SUMS").exists():
         prep.check_checksums(path.parent, [path.name])
     rows, scored, labels = [], [], []
@@ -475,8 +472,9 @@ def read_tasks(name: str, path: Path, tokenizer: tiktoken.Encoding, most: int) -
                 context, endings, label = task["ctx"], task["endings"], int(task["label"])
             texts = [context, *(" " + ending for ending in endings)]
             begin, *ends = (tokenizer.encode_ordinary(text) for text in texts)
-            if not begin or not 0 <= label < len(ends) == (1 if name == "lambada" else 4):
-                raise ValueError("it needs a context, and a label that is one of its endings")
+            count = 1 if name == "lambada" else 4
+            if not begin or len(ends) != count or not 0 <= label < count:
+                raise ValueError(f"it needs a context, {count} endings and the number of the right one")
         rows += [np.array(begin + end, dtype=np.uint16) for end in ends]
         scored += [len(end) for end in ends]
         labels.append(label)
@@ -501,12 +499,10 @@ def open_evaluation(config: TrainConfig, split: Split, tokenizer_name: str, bloc
     return sets
 
 
-def score_rows(
-    model: GPT, process: Process, autocast: torch.autocast, stopped: Callable, data: EvalSet
-) -> np.ndarray | None:
+def score_rows(model: GPT, process: Process, autocast: torch.autocast, stopped: Callable, data: EvalSet) -> np.ndarray:
     """
-    Per row: the summed loss of its scored tokens in nats, and how many were the top prediction; (2, rows) float64, or
-    None once `stopped()`. Rows longer than the context lose their beginning.
+    Per row: the summed loss of its scored tokens in nats, and how many were the top prediction; (2, rows) float64. Rows
+    longer than the context lose their beginning. Raises InterruptedError once `stopped()`.
 
     Batches are of rows of similar length and the same on any number of ranks. The model must not be a compiled one,
     which would be compiled anew for every length.
@@ -523,9 +519,10 @@ def score_rows(
         left = (time.monotonic() - began) * (len(batches) - turn) / max(1, turn)
         status(f"evaluating: {turn / len(batches):.0%}{f', {prep.clock(left)} left' if turn else ''}")
         if stopped():
-            return None
-        for batch in batches[turn : turn + process.world_size][process.rank : process.rank + 1]:
-            ends = [F.pad(rows[i][-n:], (len(rows[i]) - 1 - n, 0), value=-1) for i in batch for n in [data.scored[i]]]
+            raise InterruptedError
+        for batch in batches[turn : turn + process.world_size][process.rank : process.rank + 1]:  # this rank's, if any
+            scored = [(rows[i], data.scored[i]) for i in batch]
+            ends = [F.pad(row[-n:], (len(row) - 1 - n, 0), value=-1) for row, n in scored]
             targets = pad_sequence(ends, batch_first=True, padding_value=-1).ravel()
             tokens = pad_sequence([rows[i][:-1] for i in batch], batch_first=True)
             indices = (targets >= 0).nonzero().squeeze(1)
@@ -536,9 +533,9 @@ def score_rows(
 
 
 @torch.no_grad()
-def evaluate(model: GPT, sets: dict[str, EvalSet], score: Callable) -> dict[str, float | None] | None:
+def evaluate(model: GPT, sets: dict[str, EvalSet], score: Callable) -> dict[str, float | None]:
     """
-    The metrics of the sets, or None once `score` gives None; `..._se` is a standard error over sequences or tasks.
+    The metrics of the sets; `..._se` is a standard error over sequences or tasks.
 
     "val_loss" is in nats per token. "hellaswag_acc" is how often the right ending has the smallest summed loss,
     "hellaswag_acc_norm" the smallest per token. "lambada_acc" is how often all tokens of the last word are the most
@@ -552,9 +549,7 @@ def evaluate(model: GPT, sets: dict[str, EvalSet], score: Callable) -> dict[str,
 
     set_mode(model, training=False)
     for name, data in sets.items():
-        if (scores := score(data)) is None:
-            break
-        nats, top = scores
+        nats, top = score(data)
         if name == "val":
             mean("val_loss", nats / data.scored)
             metrics["val_perplexity"] = np.exp(metrics["val_loss"])
@@ -567,8 +562,7 @@ def evaluate(model: GPT, sets: dict[str, EvalSet], score: Callable) -> dict[str,
             mean("hellaswag_acc", nats.reshape(by_task).argmin(axis=1) == data.labels)
             mean("hellaswag_acc_norm", (nats / data.scored).reshape(by_task).argmin(axis=1) == data.labels)
     set_mode(model, training=True)
-    finite = {name: float(value) if np.isfinite(value) else None for name, value in metrics.items()}
-    return None if scores is None else finite
+    return {name: float(value) if np.isfinite(value) else None for name, value in metrics.items()}
 
 
 def set_mode(model: GPT, training: bool) -> None:
@@ -603,43 +597,45 @@ def build_model(config: TrainConfig, source: Path | None, meta: dict) -> GPT:
     shape, tokenizer = gpt.read_config(source)
     if (tokenizer, shape.vocab_size) != (meta["tokenizer"], vocab_size):
         theirs, ours = f"{tokenizer} tokenizer ({shape.vocab_size})", f"{meta['tokenizer']} tokenizer ({vocab_size})"
-        raise ValueError(f"{source} uses the {theirs}, but {config.data} uses the {ours}")
+        raise ValueError(f"{source} uses the {theirs}, but {config.data} the {ours}; prepare the data anew")
     if shape.block_size < T:
-        raise ValueError(f"--sequence-length {T} is more than {source}'s context of {shape.block_size}")
+        raise ValueError(f"--sequence-length {T} exceeds {source}'s context of {shape.block_size}")
     return gpt.load_model(source, config.dropout)
 
 
 def check_shards(
     data: Path, splits: list[Split], process: Process, stops: list[int], known: dict[str, str] | None
 ) -> Callable[[], dict[str, str]]:
-    """Hash the shards in the background, each rank its share. Returns a function that waits for all ranks and gives the
-    sums by name; it raises ValueError for a damaged shard, which also stops the run. Raises ValueError at once for
-    shards other than those `known` from the run that is resumed."""
+    """Hash the shards in the background, each rank of a machine its share. Returns a function that waits for all ranks
+    and gives the sums by name; it raises ValueError for a damaged shard, which also stops the run. Raises ValueError at
+    once for shards other than those `known` from the run that is resumed."""
     names = sorted({path.name for split in splits for path in split.paths})
     listed = prep.read_checksums(data)
-    for name in sorted({*known, *(path.name for path in splits[0].paths)}) if known is not None else ():
-        if name not in known or not (data / name).exists() or listed.get(name, known[name]) != known[name]:
-            raise ValueError(f"{data / name} is not what the run was trained on; resume with the original data")
+    if known is not None:
+        for name in sorted({*known, *(path.name for path in splits[0].paths)}):
+            if name not in known or not (data / name).exists() or listed.get(name, known[name]) != known[name]:
+                raise ValueError(f"{data / name} is not what the run was trained on; resume with the original data")
     sums = dict.fromkeys(names, "") | listed | (known or {})
-    share = prep.begin(prep.check_checksums, data, names[process.rank :: process.world_size], sums)
+    rank, ranks = (int(os.environ.get(name, default)) for name, default in (("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1)))
+    share = prep.begin(prep.check_checksums, data, names[rank::ranks], sums)
     share.add_done_callback(lambda done: stops.append(signal.SIGTERM) if done.exception() else None)
 
     def wait() -> dict[str, str]:
         status("waiting for the check of the shards")
-        found = [str(share.exception()) if share.exception() else share.result()] * process.world_size
+        parts = [share.exception() or share.result()] * process.world_size
         if dist.is_initialized():
-            dist.all_gather_object(found, found[0])
-        for problem in found:
-            if isinstance(problem, str):
-                raise ValueError(problem)
-        return (known or {}) | {name: digest for part in found for name, digest in part.items()}
+            dist.all_gather_object(parts, parts[0])
+        for part in parts:
+            if isinstance(part, Exception):
+                raise part
+        return (known or {}) | {name: digest for part in parts for name, digest in part.items()}
 
     return wait
 
 
 def find_micro_batch_size(config: TrainConfig, model: GPT, process: Process, autocast: torch.autocast) -> int:
-    """The largest micro-batch, up to 2^17 tokens, that fits on the GPU of every rank, tried uncompiled: compiling each
-    size takes minutes, and a compiled pass needs less memory. On a CPU 4,096 tokens, since more are no faster."""
+    """The largest micro-batch of up to 2^17 tokens that fits on every rank's GPU, tried uncompiled: compiling each size
+    takes minutes, and a compiled pass needs less memory. On a CPU 4,096 tokens, since more are no faster."""
     T, device = config.sequence_length, process.device
     share = config.total_batch_tokens // T // process.world_size
     most = min(share, max(1, (2**17 if device.type == "cuda" else 4096) // T))
@@ -670,8 +666,8 @@ def fits(model: GPT, size: int, T: int, device: torch.device, autocast: torch.au
 
 
 def check_finite(step: int, loss: float, norm: float, scaler: torch.amp.GradScaler, saved: int) -> None:
-    """Raise FloatingPointError when an update must not be applied. A gradient that overflows float16 is skipped by its
-    scaler, until the scale has come down to 1."""
+    """Raise FloatingPointError when an update must not be applied. A gradient that overflows float16 is left to the
+    scaler, which skips the update, until its scale is down to 1."""
     if not math.isfinite(loss) or (not math.isfinite(norm) and scaler.get_scale() <= 1):
         good = f"the last good checkpoint is of step {saved}" if saved else "there is no checkpoint yet"
         raise FloatingPointError(f"step {step}: loss {loss}, gradient norm {norm}; update not applied, {good}")
@@ -679,9 +675,9 @@ def check_finite(step: int, loss: float, norm: float, scaler: torch.amp.GradScal
 
 def train(config: TrainConfig, given: dict[str, Any] | None = None) -> int:
     """
-    Train, resume or only evaluate, as `config` says. Saved settings stay but for those in `given` (None: all of
-    `config`). Returns the exit status: 0, or 128 + the signal that interrupted it. Raises FloatingPointError when the
-    run diverges, and ValueError or OSError with a sentence for the user.
+    Train, resume or only evaluate, as `config` says. In a resumed run the checkpoint's settings hold, except for those
+    in `given` (None: all of `config`). Returns the exit status: 0, or 128 + the signal that interrupted the run. Raises
+    FloatingPointError when it diverges, and ValueError or OSError with a sentence for the user.
     """
     # The starting weights and the data
     source, resuming = find_source(config)
@@ -697,7 +693,7 @@ def train(config: TrainConfig, given: dict[str, Any] | None = None) -> int:
     if config.total_batch_tokens > (usable := T * split.sequences) and not config.eval_only:
         problem = f"{data} has only {usable:,} usable tokens, fewer than one update's {config.total_batch_tokens:,}"
         raise ValueError(f"{problem}; choose a smaller --total-batch-tokens, or --preset book")
-    prep.get_tokenizer(meta["tokenizer"])  # one that cannot be fetched is noticed now
+    prep.get_tokenizer(meta["tokenizer"])  # fail now if it cannot be fetched
     torch.manual_seed(config.seed)
     model = build_model(config, source, meta)
 
@@ -718,10 +714,12 @@ def train(config: TrainConfig, given: dict[str, Any] | None = None) -> int:
 
     if val_split:
         sets = open_evaluation(config, val_split, meta["tokenizer"], model.config.block_size)
-        measure = partial(evaluate, model, sets, partial(score_rows, model, process, autocast, stopped))
+        score = partial(score_rows, model, process, autocast, stopped)
+        measure = partial(evaluate, model, sets, score)
     shard_sums = check_shards(data, [split, val_split or split], process, stops, trainer.shards if resuming else None)
     if config.eval_only:
-        metrics = measure()
+        with suppress(InterruptedError):  # by a damaged shard, which shard_sums names
+            metrics = measure()
         shard_sums()
         entry = {"evaluated": str(source)} | metrics
         status("")
@@ -748,10 +746,10 @@ def train(config: TrainConfig, given: dict[str, Any] | None = None) -> int:
         status("compiling" if compiles else "connecting")
         zeros = torch.zeros(size, T, dtype=torch.int64, device=device)
         with autocast:
-            runner(zeros, zeros.clone()).backward()  # two tensors, as in an update: else it is compiled again
+            runner(zeros, zeros.clone()).backward()  # two tensors, as in an update; otherwise it would compile again
         optimizer.zero_grad(set_to_none=True)
 
-    # The log, the batches, and what the loop does now and then
+    # The log, the batches, and the loop's helpers
     record = open_log(out / "metrics.jsonl", config, step) if main_process else lambda entry: None
     n, shape, tokens = config.total_batch_tokens, model.config, sum(split.tokens)
     kind = f"{device.type}, {str(dtype)[6:]}{', compiled' if compiles else ''}"
@@ -781,15 +779,15 @@ def train(config: TrainConfig, given: dict[str, Any] | None = None) -> int:
             say(f"step {step}  checkpoint {out}/step_{step:06d}")
         return step
 
-    # The loop: each turn evaluates the step reached, if that is due, and makes the next update
+    # The loop: each turn evaluates the step it has reached, if due, then makes the next update
     catch_signals(stops)
     saved, stop = step, False
     while True:
         if due(config.eval_every):
-            metrics = measure()
-            if metrics is None:  # stopped
+            try:
+                record({"step": step, "seconds": seconds} | measure())
+            except InterruptedError:
                 break
-            record({"step": step, "seconds": seconds} | metrics)
         if step == config.steps or stop:
             break
         step, began = step + 1, time.perf_counter()
@@ -806,9 +804,9 @@ def train(config: TrainConfig, given: dict[str, Any] | None = None) -> int:
             if dist.is_initialized():
                 runner.require_backward_grad_sync = i + 1 == len(batch)
             with autocast:
-                part = runner(sequences[:, :-1].contiguous(), sequences[:, 1:].contiguous()) / len(batch)
-            scaler.scale(part).backward()
-            loss += part.detach()
+                micro_loss = runner(sequences[:, :-1].contiguous(), sequences[:, 1:].contiguous()) / len(batch)
+            scaler.scale(micro_loss).backward()
+            loss += micro_loss.detach()
         scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
 
