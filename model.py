@@ -370,19 +370,22 @@ def load_model(directory: str | Path, dropout: float = 0.0) -> GPT:
     """The model in a directory of the hub's layout, in float32 on the CPU and in eval mode. Raises FileNotFoundError
     when there is none, ValueError when what is there is not a whole GPT-2."""
     path, (config, _), state = Path(directory) / "model.safetensors", read_config(directory), {}
-    with torch.device("meta"):  # skips an initialization that the file would overwrite
-        model = GPT(replace(config, dropout=dropout))
-    padding = model.transformer.wte.num_embeddings - config.vocab_size
     try:
         for key, tensor in load_file(path).items():
             if key.endswith((".attn.bias", ".attn.masked_bias", "lm_head.weight")):
                 continue  # the mask, and the shared matrix once more
             name = "transformer." + key.removeprefix("transformer.")  # the hub's gpt2 has no prefix
-            if not tensor.is_floating_point() or not tensor.isfinite().all():
-                raise ValueError(f"{key} must hold finite floating-point numbers")
-            tensor = tensor.t() if name.endswith(TRANSPOSED) else tensor
-            tensor = F.pad(tensor, (0, 0, 0, padding)) if name == "transformer.wte.weight" else tensor
-            state[name] = tensor.to(torch.float32).contiguous()
+            number = tensor.to(torch.float32)
+            if name in state or not tensor.is_floating_point() or not number.isfinite().all():
+                raise ValueError(f"{key} must be there once, and hold finite floating-point numbers")
+            state[name] = (number.t() if name.endswith(TRANSPOSED) else number).contiguous()
+        if config.n_layer > len(state):
+            raise ValueError(f"it has fewer than {config.n_layer} layers")
+        with torch.device("meta"):  # skips an initialization that the file would overwrite
+            model = GPT(replace(config, dropout=dropout))
+        if (embedding := state.get("transformer.wte.weight")) is not None:
+            padding = model.transformer.wte.num_embeddings - config.vocab_size
+            state["transformer.wte.weight"] = F.pad(embedding, (0, 0, 0, padding))
         model.load_state_dict(state, assign=True)
     except (SafetensorError, RuntimeError, ValueError) as error:
         problem = " ".join(str(error).split())[:300]  # PyTorch may list every tensor

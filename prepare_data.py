@@ -9,8 +9,8 @@ The corpus is one stream of tokens, each document preceded by an `<|endoftext|>`
 validation split, the rest is for training, both cut into shards `val_000000.bin`, `train_000000.bin`, ... A shard is
 llm.c's: 256 int32 of header (20240520, 1, the number of tokens, zeros), then uint16 tokens, all little endian.
 `meta.json` holds the tokenizer, what each split contains, and how far the shards reach, so that the same command
-continues an interrupted preparation and writes identical bytes; `SHA256SUMS` covers it and the shards. The evaluation
-sets, HellaSwag and LAMBADA, stay as they are published.
+continues an interrupted preparation and writes identical bytes. `SHA256SUMS` covers the shards, and meta.json once the
+directory is complete. The evaluation sets, HellaSwag and LAMBADA, stay as they are published.
 """
 
 import argparse
@@ -30,9 +30,10 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.parse import urljoin
 
 try:
     import numpy as np
@@ -41,7 +42,7 @@ try:
     from requests.adapters import HTTPAdapter
     from urllib3.exceptions import HTTPError
     from urllib3.util import Retry
-except ModuleNotFoundError as error:
+except ImportError as error:
     sys.exit(f"prepare_data.py: error: {error}; pip install -r requirements.txt")
 
 HUB_DATASETS = {"fineweb-edu": "HuggingFaceFW/fineweb-edu", "fineweb": "HuggingFaceFW/fineweb"}
@@ -119,7 +120,7 @@ def read_texts(path: Path) -> Iterator[str]:
             line += 1
     except Exception as error:  # of the file system, zlib, JSON, pyarrow, ...
         where = f", line {line:,}," if ".jsonl" in name else ""
-        raise ValueError(f"{path}{where} cannot be read: {error or type(error).__name__}") from error
+        raise ValueError(f"{path}{where} cannot be read: {str(error) or type(error).__name__}") from error
 
 
 def read_batches(path: Path) -> Iterator[list[str]]:
@@ -177,22 +178,29 @@ def hub_address() -> str:
     return address
 
 
-def get(url: str, first: int = 0) -> requests.Response:
-    """Request a page, or a file from byte `first` on. HF_TOKEN goes to the hub alone (requests drops it when a redirect
-    leads to another host). Raises ValueError for a token that cannot be one, and requests.RequestException."""
+def get(url: str, first: int = 0, redirects: int = 10) -> requests.Response:
+    """Request a page, or a file from byte `first` on, within 15 minutes. HF_TOKEN goes to the hub alone. Raises
+    ValueError for a token that cannot be one, requests.RequestException and TimeoutError."""
     on_status = {"status_forcelist": (408, 429, 500, 502, 503, 504), "raise_on_status": False}
     retries = Retry(8, connect=2, read=2, backoff_factor=1, backoff_max=60, retry_after_max=60, **on_status)
     session, token = requests.Session(), os.environ.get("HF_TOKEN", "").strip()
     session.mount("http://", HTTPAdapter(max_retries=retries))
     session.mount("https://", HTTPAdapter(max_retries=retries))
     session.auth = lambda request: request  # or requests would replace the token with .netrc's
+    session.get_redirect_target = lambda response: None  # or it would read a redirect's body, however long
     headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={first}-"} if first else {})
     if token and url.startswith(hub_address() + "/"):
         if not (token.isascii() and token.isprintable()) or " " in token:
             raise ValueError("HF_TOKEN contains characters that no token has; copy it again")
         headers["Authorization"] = f"Bearer {token}"
-    response = session.get(url, headers=headers, stream=True, timeout=(10, 30))
-    response.raise_for_status()
+    send = partial(session.get, url, headers=headers, stream=True, timeout=(10, 30))
+    response = begin(send).result(timeout=900)  # since headers may come a byte at a time, or never end
+    if response.is_redirect and redirects:
+        response.close()
+        return get(urljoin(url, response.headers["location"]), first, redirects - 1)
+    if response.status_code not in (200, 206):
+        response.close()
+        raise requests.HTTPError(response=response)
     return response
 
 
@@ -216,6 +224,7 @@ def list_hub(repository: str, folder: str = "") -> list[RawFile]:
     hub, name = hub_address(), f"list of {repository}{folder}"
     url, base = f"{hub}/api/{repository}/tree/main{folder}", f"{hub}/{repository.removeprefix('models/')}/resolve/main"
     files, pages, size, began = [], 0, 0, time.monotonic()
+    status(f"fetching the {name}")
     while url:
         page = b""
         with fetching(f"the {name}"), get(url) as response:
@@ -225,8 +234,10 @@ def list_hub(repository: str, folder: str = "") -> list[RawFile]:
                     raise OSError(f"the {name} never ends; does HF_ENDPOINT point to a hub?")
         with reading(name):
             for entry in json.loads(page):
-                sha256 = str((entry.get("lfs") or {}).get("oid", ""))
-                files.append(RawFile(str(entry["path"]), int(entry["size"]), sha256, f"{base}/{entry['path']}"))
+                path, sha256 = str(entry["path"]), str((entry.get("lfs") or {}).get("oid", ""))
+                if not path.isprintable():
+                    raise ValueError(f"it lists {path!r}")
+                files.append(RawFile(path, int(entry["size"]), sha256, f"{base}/{path}"))
         url, pages = response.links.get("next", {}).get("url"), pages + 1
     return sorted(set(files))
 
@@ -385,14 +396,15 @@ def read_meta(directory: Path) -> dict:
     if not path.exists():
         return {"tokenizer": "gpt2", "vocab_size": VOCAB_SIZES["gpt2"]}
     if path.name not in read_checksums(directory):  # where it is listed last
-        unfinished = "is incomplete, or has lost its SHA256SUMS"
-        raise ValueError(f"{directory} {unfinished}; run the same prepare_data.py command again to finish it")
+        older = f"(cd {shlex.quote(str(directory))} && sha256sum meta.json *.bin > SHA256SUMS)"
+        advice = f"run the same prepare_data.py command again; or, if an older version finished it, {older}"
+        raise ValueError(f"{directory} is incomplete; {advice}")
     check_checksums(directory, [path.name])
     meta = read_object(path.read_bytes(), path)
     tokenizer = meta.get("tokenizer")
     if not isinstance(tokenizer, str) or VOCAB_SIZES.get(tokenizer, 0) != meta.get("vocab_size"):
         raise ValueError(f"{path} is damaged: its tokenizer and vocab_size do not match")
-    return meta
+    return meta | {"vocab_size": VOCAB_SIZES[tokenizer]}
 
 
 def find_shards(directory: Path, name: str) -> list[Path]:
@@ -509,7 +521,7 @@ def read_progress(out: Path) -> dict:
         return {}
     check_checksums(out, read_checksums(out).keys() & {path.name})  # it is listed once it is complete
     meta = read_object(path.read_bytes(), path)
-    with reading(path):
+    with reading(f"{path}, perhaps from another version,"):
         for split in ("train", "val"):
             meta[split] = {name: int(meta[split][name]) for name in COUNTS}
         files = [RawFile(str(name), int(size), str(sha), str(url)) for name, size, sha, url in meta["files"]]
@@ -599,10 +611,10 @@ def one_line_errors(script: str, memory_advice: str) -> Iterator[None]:
         sys.stdout = None  # or Python would flush it at exit, and fail again
         sys.exit(0)
     except (ValueError, OSError, FloatingPointError, MemoryError, ModuleNotFoundError, RuntimeError) as error:
-        problem = printable(" ".join(str(error).split()))
+        problem = printable(" ".join(str(error).split())) or type(error).__name__
         if isinstance(error, ModuleNotFoundError):
             problem += f"; pip install {error.name}"
-        elif isinstance(error, MemoryError) or "out of memory" in problem or "can't allocate memory" in problem:
+        elif any(words in problem for words in ("MemoryError", "out of memory", "can't allocate memory")):
             problem = f"out of memory; {memory_advice}"
         elif "can't start new thread" in problem:
             problem = "no more threads can be started; raise the limit on processes (ulimit -u) or on memory"
@@ -664,7 +676,7 @@ def begin(function: Callable, *args: Any) -> Future:
     def call() -> None:
         try:
             future.set_result(function(*args))
-        except Exception as error:  # raised by future.result()
+        except BaseException as error:  # raised by future.result()
             future.set_exception(error)
 
     threading.Thread(target=call, daemon=True).start()
@@ -689,11 +701,13 @@ def in_background(function: Callable, items: Iterable[Any], threads: int, ahead:
 def locked(directory: Path, wait: bool = False) -> Iterator[None]:
     """Hold the lock of a directory, created if need be, so that only one process writes to it. The lock ends with its
     process, however that ends. Raises BlockingIOError if another process holds it; with `wait`, waits for it."""
-    new = not directory.exists()
+    new = [path for path in (directory, *directory.parents) if not path.exists()]
     directory.mkdir(parents=True, exist_ok=True)
     with open(os.open(directory / ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            if os.fstat(file.fileno()).st_nlink == 0:  # its holder has just removed it, below
+                raise BlockingIOError
         except BlockingIOError as error:
             holder = "another process (perhaps a worker left over from torchrun)"
             raise BlockingIOError(f"{directory} is in use by {holder}; wait, or choose another --out") from error
@@ -703,9 +717,10 @@ def locked(directory: Path, wait: bool = False) -> Iterator[None]:
             yield
         finally:
             with suppress(OSError):
-                if new and os.listdir(directory) == [".lock"]:  # nothing came of it
+                if new and not wait and os.listdir(directory) == [".lock"]:  # nothing came of it
                     os.unlink(directory / ".lock")
-                    os.removedirs(directory)
+                    for path in new:
+                        path.rmdir()
 
 
 def discard(path: Path) -> None:
@@ -739,7 +754,8 @@ def reading(what: object) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        raise ValueError(f"{what} cannot be used: {error or type(error).__name__}") from error
+        problem = f"it has no {error}" if isinstance(error, KeyError) else str(error) or type(error).__name__
+        raise ValueError(f"{what} cannot be used: {problem}") from error
 
 
 def read_object(text: str | bytes, where: object) -> dict:

@@ -23,7 +23,7 @@ try:
 
     import model as gpt
     import prepare_data as prep
-except ModuleNotFoundError as error:
+except ImportError as error:
     sys.exit(f"sample.py: error: {error}; pip install -r requirements.txt")
 
 
@@ -66,13 +66,15 @@ def sample(args: argparse.Namespace) -> None:
     print(f"{directory}: {gpt.parameter_count(model):,} parameters, {device}", file=sys.stderr)
     generator = torch.Generator(device).manual_seed(args.seed)
     for prompt in read_prompts(args):
-        prompt.encode()  # raises ValueError for what was not valid UTF-8
-        tokens = tokenizer.encode(prompt, allowed_special="all") or [tokenizer.eot_token]  # with none, a new document
-        if len(tokens) > model.config.block_size:
-            problem = f"the prompt has {len(tokens)} tokens, more than the model's context of {model.config.block_size}"
+        try:
+            prompt.encode()  # raises ValueError for what was not valid UTF-8
+            tokens = tokenizer.encode(prompt, allowed_special="all") or [tokenizer.eot_token]  # a new document
+            if len(tokens) > config.block_size:
+                raise ValueError(f"the prompt has {len(tokens)} tokens, more than the context of {config.block_size}")
+        except ValueError as error:
             if not args.interactive:
-                raise ValueError(problem)
-            print(problem, file=sys.stderr)
+                raise
+            print(error, file=sys.stderr)
             continue
         prompts = torch.tensor([tokens] * args.num_samples, device=device)
         how = {"temperature": args.temperature, "top_k": args.top_k or None, "top_p": args.top_p}

@@ -283,7 +283,8 @@ def test_a_model_that_is_not_one_is_refused(tmp_path: Path, capsys: Capture) -> 
     save_model(random_model(), tmp_path)
     weights, config = tmp_path / "model.safetensors", tmp_path / "config.json"
     good, settings = weights.read_bytes(), json.loads(config.read_text())
-    for wrong in ({"n_inner": 64}, {"n_embd": 64}, {"n_layer": 1}, {"n_head": 2.0}, {"n_positions": 10**30}, [], "{"):
+    sizes = {"n_embd": 64}, {"n_layer": 1}, {"n_layer": 10**7}, {"n_head": 2.0}, {"n_positions": 10**30}
+    for wrong in ({"n_inner": 64}, *sizes, [], "{"):
         config.write_text(json.dumps(settings | wrong) if isinstance(wrong, dict) else str(wrong))
         with pytest.raises(ValueError, match=r"config\.json"):
             load_model(tmp_path)
@@ -380,6 +381,8 @@ def site(monkeypatch: Patch) -> Iterator[Site]:
             headers = {"Content-Length": len(part)} | ({"Retry-After": 99999999} if fault == "busy" else {})
             if code == 206 and fault != "bare 206":
                 headers["Content-Range"] = f"bytes {first}-{len(body) - 1}/{len(body)}"
+            if self.path + " moved" in content:
+                code, headers["Location"] = 302, content[self.path + " moved"].decode()
             if self.path + " next" in content:
                 headers["Link"] = f'<{url}{content[self.path + " next"].decode()}>; rel="next"'
             self.send_response(code)
@@ -411,16 +414,18 @@ def test_openai_weights_are_fetched_once_and_checked(site: Site, tmp_path: Path,
     model, listing, page = random_model(), [], "/api/models/openai-community/gpt2/tree/main"
     save_model(model, tmp_path / "hub")
     for path in (tmp_path / "hub").iterdir():
-        site.content[f"/openai-community/gpt2/resolve/main/{path.name}"] = data = path.read_bytes()
+        site.content[f"/cdn/{path.name}"] = data = path.read_bytes()
+        moved = f"/openai-community/gpt2/resolve/main/{path.name} moved"
+        site.content[moved] = f"{site.url.replace('127.0.0.1', 'localhost')}/cdn/{path.name}".encode()
         lfs = {"oid": hashlib.sha256(data).hexdigest()} if path.name == "model.safetensors" else None
         listing.append({"path": path.name, "size": len(data), "lfs": lfs})
     site.content[page] = json.dumps(listing).encode()
-    site.faults[:] = ["", "drop"]
+    site.faults[:] = ["", "", "drop"]
     with ThreadPoolExecutor(4) as ranks:  # all want it at once, and one fetches it
         directory = list(ranks.map(prepare_data.model_directory, ["gpt2"] * 4))[3]
     assert torch.equal(load_model(directory)(torch.arange(16)[None]), model(torch.arange(16)[None]))
-    assert ["Range" in headers for path, headers in site.requests if path.endswith(".safetensors")] == [False, True]
-    assert all(headers["Authorization"] == "Bearer secret" for _, headers in site.requests)
+    assert ["Range" in headers for path, headers in site.requests if path == "/cdn/model.safetensors"] == [False, True]
+    assert {p.split("/")[1] for p, h in site.requests if "Bearer secret" in h.values()} == {"api", "openai-community"}
     site.requests.clear()
     prepare_data.model_directory("gpt2")
     assert not site.requests  # it is there
@@ -428,7 +433,7 @@ def test_openai_weights_are_fetched_once_and_checked(site: Site, tmp_path: Path,
     (directory / "model.safetensors").write_bytes(b"damaged")
     load_model(prepare_data.model_directory("gpt2"))
     shutil.rmtree(tmp_path / "cache")
-    site.faults[:] = ["", "lie"]
+    site.faults[:] = ["", "", "lie"]
     with pytest.raises(OSError, match="size or sha256"):
         prepare_data.model_directory("gpt2")
     site.content[page] = json.dumps(listing[:1]).encode()
@@ -861,9 +866,7 @@ def start_ranks(ranks: int, *options: object, output: Path | str = os.devnull, *
 
 
 def statuses(processes: list[Any]) -> list[int]:
-    for process in processes:
-        process.join(TIMEOUT)
-    return [process.exitcode for process in processes]
+    return [process.join(TIMEOUT) or process.exitcode for process in processes]
 
 
 def test_learning_rate_rises_from_zero_and_falls_as_a_cosine() -> None:
@@ -1074,7 +1077,6 @@ def test_the_log_is_made_anew_when_it_is_gone(data: Path, tmp_path: Path, monkey
 
 
 def test_links_are_not_followed(site: Site, data: Path, tmp_path: Path) -> None:
-    """Whoever may write to a directory cannot let a script overwrite another's files."""
     serve_hub(site, documents(300))
     shards, out, other = tmp_path / "shards", tmp_path / "out", tmp_path / "other"
     for directory in (shards, out, other):
@@ -1140,8 +1142,9 @@ def test_law_8_a_damaged_checkpoint_is_skipped(name: str, data: Path, tmp_path: 
 def test_law_8_a_trainer_state_that_is_none_is_refused(data: Path, tmp_path: Path, capsys: Capture) -> None:
     path = run_train(data, tmp_path) / "trainer.pt"
     state = torch.load(path)
-    changes = ({"step": "6"}, {"step": 7}, {"updates": [(1,)]}, {"optimizer": {}}, {"shards": None}, {"config": {}})
-    for wrong in ({"step": 6}, *(state | change for change in changes)):
+    odd, empty = {"config": state["config"] | {"dtype": "float99"}}, {"optimizer": state["optimizer"] | {"state": {}}}
+    changes = [{"step": "6"}, {"step": 7}, {"updates": [(1, 0)]}, {"optimizer": {}}, {"shards": None}, {"config": {}}]
+    for wrong in ({"step": 6}, *(state | change for change in (*changes, odd, empty))):
         torch.save(wrong, path)
         prepare_data.add_checksums(path.parent, [path.name])  # as another program, or version, might write it
         assert path.name in refusal(train.main, capsys, "--out", tmp_path, "--resume")
@@ -1218,7 +1221,8 @@ def test_shards_of_other_programs_are_read_and_bad_ones_named(tmp_path: Path) ->
 
 
 def test_train_says_what_is_wrong_in_one_line(data: Path, tmp_path: Path, capsys: Capture, monkeypatch: Patch) -> None:
-    out, part = tmp_path / "out", tmp_path / "part"
+    out, part = tmp_path / "runs" / "out", tmp_path / "part"
+    out.parent.mkdir()
     for name, wrong in {"total_batch_tokens": 500, "steps": 0, "max_lr": "nan", "min_lr": 1, "stepz": 1}.items():
         said = refusal(train.main, capsys, *flags(data, out, **{name: wrong}), status=2)
         assert f"--{name.replace('_', '-')}" in said
@@ -1238,7 +1242,7 @@ def test_train_says_what_is_wrong_in_one_line(data: Path, tmp_path: Path, capsys
     assert "no checkpoint" in refused(eval_only=True)
     monkeypatch.setitem(sys.modules, "tensorboard", None)
     assert "pip install tensorboard" in refused(tensorboard=True)
-    assert not out.exists()  # nothing of all this left anything behind
+    assert out.parent.exists() and not out.exists()  # nothing of all this left anything behind, or took it away
     run_train(data, out)
     before = contents(out)
     assert "--resume" in refused()

@@ -45,7 +45,7 @@ try:
     import prepare_data as prep
     from model import GPT, MODEL_SIZES
     from prepare_data import Split, in_background, read_sequences, say, status
-except ModuleNotFoundError as error:
+except ImportError as error:
     sys.exit(f"train.py: error: {error}; pip install -r requirements.txt")
 
 # The configuration
@@ -63,7 +63,7 @@ class TrainConfig:
     """Every setting of a run; the defaults are GPT-2 124M on FineWeb-Edu 10B (19,073 updates of 2^19 tokens)."""
 
     data: str = option("data/fineweb-edu", "directory of token shards")
-    model: str = option("gpt2", "size of a new model", choices=MODEL_SIZES, fixed=True)
+    model: str = option("gpt2", "size of a new model", choices=tuple(MODEL_SIZES), fixed=True)
     n_layer: int = option(0, "layers of a new model; 0: as in --model", fixed=True)
     n_head: int = option(0, "attention heads of a new model; 0: as in --model", fixed=True)
     n_embd: int = option(0, "width of a new model; 0: as in --model", fixed=True)
@@ -99,7 +99,8 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for item in fields(self):  # they may come from a checkpoint
             value, (least, most) = getattr(self, item.name), item.metadata["range"]
-            if not isinstance(value, item.type) or (item.type in (int, float) and not least <= value <= most):
+            known, number = value in (item.metadata["choices"] or [value]), item.type in (int, float)
+            if not (known and isinstance(value, item.type) and (not number or least <= value <= most)):
                 raise ValueError(f"{item.name} is {value!r}, which is out of range or of the wrong type")
 
 
@@ -188,13 +189,17 @@ def start_process(device: str) -> Process:
         chosen = torch.device("cuda", local_rank)
         torch.cuda.set_device(chosen)
     if world_size > 0:  # set by torchrun, even for a single process
-        store, _, _ = next(dist.rendezvous("env://"))
+        limit = timedelta(minutes=30)  # the others wait while rank 0 writes a checkpoint, 19 GB for gpt2-xl
+        try:
+            store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(minutes=3)))
+        except RuntimeError as error:
+            raise OSError(f"the other processes cannot be reached: {error}") from error
+        store.set_timeout(limit)
         if world_size == int(os.environ.get("LOCAL_WORLD_SIZE", "0")):
             # Workers that torchrun has restarted would find the addresses of the dead ones in its store. Across
             # machines, the count of restarts is not shared, and cannot tell them apart.
             store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
         backend, device_id = ("nccl", chosen) if chosen.type == "cuda" else ("gloo", None)
-        limit = timedelta(minutes=30)  # the others wait while rank 0 writes a checkpoint, 19 GB for gpt2-xl
         place = {"store": store, "world_size": world_size, "rank": rank, "device_id": device_id}
         dist.init_process_group(backend, timeout=limit, **place)
     return Process(rank, max(1, world_size), chosen)
@@ -334,19 +339,29 @@ def load_trainer(checkpoint: Path) -> TrainState:
             raise ValueError("its settings are from another version of train.py")
         if not 0 < trainer.step <= TrainConfig(**trainer.config).steps:  # which checks their types and ranges
             raise ValueError(f"it claims to be at step {trainer.step}")
-        return trainer._replace(updates=[(float(loss), float(seconds)) for loss, seconds in trainer.updates])
+        updates = [(float(loss), float(seconds)) for loss, seconds in trainer.updates]
+        if not all(math.isfinite(loss) and 0 < seconds < math.inf for loss, seconds in updates):
+            raise ValueError("its losses are not finite")
+        return trainer._replace(updates=updates, shards={str(name): str(sha) for name, sha in trainer.shards.items()})
 
 
 def load_optimizer(optimizer: Optimizer, scaler: torch.amp.GradScaler, trainer: TrainState, source: Path) -> None:
     """Restore the optimizer, and float16's scaler, from a checkpoint. Raises ValueError when that does not fit."""
     with prep.reading(source / "trainer.pt"):
+        own = [{name: group[name] for name in group.keys() - {"params"}} for group in optimizer.param_groups]
         optimizer.load_state_dict(trainer.optimizer)
+        for group, settings in zip(optimizer.param_groups, own, strict=True):
+            group.update(settings)  # which are the configuration's
         local = getattr(optimizer, "optim", optimizer)  # this rank's part of a ZeroRedundancyOptimizer
         if local is not optimizer:
             optimizer.state.clear()  # a second copy of it
-        for parameter, values in local.state.items():
+        for parameter in (parameter for group in local.param_groups for parameter in group["params"]):
+            values = local.state[parameter]
             values["step"] = values["step"].to(parameter.device)  # ZeroRedundancyOptimizer puts it on the CPU
-            if not values["exp_avg"].shape == values["exp_avg_sq"].shape == parameter.shape:
+            averages = [values[name] for name in ("exp_avg", "exp_avg_sq")]
+            if values["step"].shape or any(
+                a.shape != parameter.shape or a.layout != parameter.layout for a in averages
+            ):
                 raise ValueError("the optimizer's state does not fit the model")
         if scaler.is_enabled() and trainer.scaler:
             scaler.load_state_dict(trainer.scaler)
@@ -471,11 +486,11 @@ def read_tasks(name: str, path: Path, tokenizer: tiktoken.Encoding, most: int) -
             else:
                 context, endings, label = task["ctx"], task["endings"], int(task["label"])
             texts = [context, *(" " + ending for ending in endings)]
-            begin, *ends = (tokenizer.encode_ordinary(text) for text in texts)
+            begin, *ends = (prep.tokenize([text], tokenizer)[1:] for text in texts)
             count = 1 if name == "lambada" else 4
-            if not begin or len(ends) != count or not 0 <= label < count:
+            if not len(begin) or len(ends) != count or not 0 <= label < count:
                 raise ValueError(f"it needs a context, {count} endings and the number of the right one")
-        rows += [np.array(begin + end, dtype=np.uint16) for end in ends]
+        rows += [np.concatenate([begin, end]) for end in ends]
         scored += [len(end) for end in ends]
         labels.append(label)
     if not labels:
