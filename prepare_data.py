@@ -837,7 +837,7 @@ def prepare_source(source: str | None, args: argparse.Namespace) -> None:
             "val_tokens": val_tokens,
             "max_tokens": args.max_tokens,
         }  # together they determine every byte of the result
-        meta = prepare(settings, files, out, args.workers)
+        meta = prepare(settings, files, out, min(args.workers, os.cpu_count() or 1))
         discard(out / ".demo.jsonl")
     for split in ("val", "train"):
         say(f"{split}: {meta[split]['tokens']:,} tokens in {out}/{split}_*.bin")
@@ -857,7 +857,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--shard-tokens", type=number(int, 1, 2**31 - 1), default=10**8, help="tokens in a shard (default: 100M)")
     add("--val-tokens", type=amount, help="tokens for validation (default: 100M, or a tenth of a smaller text)")
     add("--max-tokens", type=amount, help="stop after this many tokens, including validation (default: all)")
-    add("--workers", type=number(int, 1, 1024), default=os.cpu_count(), help="threads (default: one per core)")
+    add("--workers", type=number(int, 1, 1024), default=1024, help="threads, at most one per core (default: as many)")
     args = parser.parse_args(argv)
     sources = [args.source] if args.input or args.source else [*EVALUATION_SETS, "fineweb-edu"]
     if args.out == "":
