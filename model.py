@@ -61,7 +61,7 @@ KVCache = list[KV]  # of each layer
 
 class Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight, self.bias)  # below, with generation, which it makes faster
+        return linear(x, self.weight, self.bias)  # defined below; it makes generation on a CPU faster
 
 
 class CausalSelfAttention(nn.Module):
@@ -181,7 +181,7 @@ class GPT(nn.Module):
         bias = torch.zeros(len(weight), device=x.device)
         bias[self.config.vocab_size :] = -math.inf  # keeps the padding rows out of the softmax
         # Computing by rows pays only in eager float32 on a CPU. Compiled, the plain form is fused and just as fast; in
-        # half precision, the other would round the loss itself.
+        # half precision, computing by rows would round the loss itself.
         plain = device != "cpu" or torch.compiler.is_compiling() or torch.is_autocast_enabled(device)
         options = None if plain else LOSS_BY_ROWS
         return F.linear_cross_entropy(
@@ -195,9 +195,8 @@ class GPT(nn.Module):
         """
         x, vocab_size = self.hidden(tokens).flatten(0, 1)[indices], self.config.vocab_size
         weight = self.transformer.wte.weight
-        weight = weight - weight[:vocab_size].mean(
-            dim=0
-        )  # no change to the softmax, and smaller logits lose less in bfloat16
+        # Subtracting the mean does not change the softmax, and smaller logits lose less in bfloat16.
+        weight = weight - weight[:vocab_size].mean(dim=0)
         logits = F.linear(x, weight)[:, :vocab_size].float()
         losses = F.cross_entropy(logits, targets, reduction="none")
         return torch.stack((losses, (logits.argmax(dim=1) == targets).float()))
@@ -254,7 +253,7 @@ def choose_device(name: str) -> torch.device:
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     kind = next(kind for kind in available if available[kind]) if name == "auto" else name
     if not available[kind]:
-        raise ValueError(f"--device {kind} is not available on this machine or in this build of PyTorch")
+        raise ValueError(f"--device {kind} is not available here, or not in this build of PyTorch; use --device auto")
     return torch.device(kind)
 
 
@@ -290,7 +289,7 @@ def peak_flops(name: str, dtype: torch.dtype) -> float | None:
 # A model is a directory
 
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")  # (in, out) in files
-# What a config.json may say besides the sizes. Another value would mean another computation than GPT-2's.
+# What a config.json may say besides the sizes. Any other value would mean a different computation from GPT-2's.
 GPT2_SETTINGS = {
     "model_type": "gpt2",
     "activation_function": "gelu_new",
@@ -377,7 +376,7 @@ def load_model(directory: str | Path, dropout: float = 0.0) -> GPT:
             name = "transformer." + key.removeprefix("transformer.")  # the hub's gpt2 has no prefix
             number = tensor.to(torch.float32)
             if name in state or not tensor.is_floating_point() or not number.isfinite().all():
-                raise ValueError(f"{key} must be there once, and hold finite floating-point numbers")
+                raise ValueError(f"{key} must occur exactly once and hold only finite floating-point numbers")
             state[name] = (number.t() if name.endswith(TRANSPOSED) else number).contiguous()
         if config.n_layer > len(state):
             raise ValueError(f"it has fewer than {config.n_layer} layers")

@@ -63,7 +63,7 @@ def get_tokenizer(name: str) -> tiktoken.Encoding:
         ranks, special = {bytes([i]): i for i in range(256)}, {"<|endoftext|>": 256}
         return tiktoken.Encoding("byte", pat_str=r"(?s:.{1,512})", mergeable_ranks=ranks, special_tokens=special)
     status("loading GPT-2's tokenizer")
-    with fetching("GPT-2's tokenizer", "use --tokenizer byte, or point TIKTOKEN_CACHE_DIR at a cache that has it"):
+    with fetching("GPT-2's tokenizer", "connect to the Internet, or set TIKTOKEN_CACHE_DIR to a cache that has it"):
         return begin(tiktoken.get_encoding, name).result(timeout=120)  # tiktoken has no timeout of its own
 
 
@@ -113,7 +113,7 @@ def read_texts(path: Path) -> Iterator[str]:
             texts = map(parse, iter(lambda: read(MOST_BYTES + 1), b""))
         for text in texts:
             if not isinstance(text, str | None):
-                raise ValueError('it has no "text" string')
+                raise ValueError('each document must have a string called "text"')
             if len((text or "").encode()) > MOST_BYTES:  # or this fails: JSON can spell half a character
                 raise ValueError(too_large)
             yield text or ""
@@ -124,7 +124,7 @@ def read_texts(path: Path) -> Iterator[str]:
 
 
 def read_batches(path: Path) -> Iterator[list[str]]:
-    """The documents of a file that are neither empty nor null, at least BATCH_CHARACTERS at a time."""
+    """The documents of a file that are neither empty nor null, in batches of at least BATCH_CHARACTERS."""
     batch, length = [], 0
     for text in filter(None, read_texts(path)):
         batch.append(text)
@@ -139,9 +139,9 @@ def tokenize(texts: list[str], tokenizer: tiktoken.Encoding) -> np.ndarray:
     """
     The tokens of documents, (n,) uint16, each preceded by <|endoftext|>; within a document that is ordinary text.
 
-    Documents are joined, since threads hinder each other less in one long call; those that are odd are encoded alone.
-    tiktoken's regular expression overflows its stack on a few hundred thousand consecutive spaces, so long texts are
-    cut before the last character of each long run. GPT-2's pattern splits there anyway: the tokens do not change.
+    Documents are joined, since threads hinder each other less in one long call; long ones, and those with that text, go
+    alone. tiktoken's regular expression overflows its stack on a few hundred thousand spaces in a row, so long texts
+    are cut before the last character of each long run. GPT-2's pattern splits there anyway: the tokens stay the same.
     """
     mark, space = "<|endoftext|>", r"[^\S\x1c-\x1f]"  # \x1c to \x1f are white space for Python, and not for Rust
     run = rf"(?<!{space}){space}{{1000,}}"
@@ -214,7 +214,7 @@ def fetching(name: str, advice: str = "run the same command again to continue") 
         if code in (401, 403):
             advice = "set HF_TOKEN to a token with access"
         elif 400 <= code < 500 and code not in (408, 416, 429):
-            advice = "check its name and address"
+            advice = "check --subset and HF_ENDPOINT, if you set them"
         problem = f"the server answered {code}" if code else type(error).__name__
         raise OSError(f"{name} could not be fetched: {problem}; {advice}") from error
 
@@ -236,7 +236,7 @@ def list_hub(repository: str, folder: str = "") -> list[RawFile]:
             for entry in json.loads(page):
                 path, sha256 = str(entry["path"]), str((entry.get("lfs") or {}).get("oid", ""))
                 if not path.isprintable():
-                    raise ValueError(f"it lists {path!r}")
+                    raise ValueError(f"it lists a name with control characters: {path!r}")
                 files.append(RawFile(path, int(entry["size"]), sha256, f"{base}/{path}"))
         url, pages = response.links.get("next", {}).get("url"), pages + 1
     return sorted(set(files))
@@ -297,9 +297,7 @@ def model_directory(name_or_dir: str | Path) -> Path:
     for all. Raises FileNotFoundError if there is no such model, ValueError if it is damaged, OSError if not fetched."""
     directory = Path(name_or_dir)
     if all((directory / name).exists() for name in MODEL_FILES):
-        if any(
-            (directory / name).exists() for name in ("SHA256SUMS", "trainer.pt")
-        ):  # a checkpoint always has checksums
+        if any((directory / name).exists() for name in ("SHA256SUMS", "trainer.pt")):  # a checkpoint has checksums
             check_checksums(directory, MODEL_FILES)
         return directory
     if str(name_or_dir) not in OPENAI_MODELS:
@@ -317,7 +315,7 @@ def model_directory(name_or_dir: str | Path) -> Path:
     with locked(directory, wait=True):  # download() skips what another process has fetched meanwhile
         files = {file.name: file for file in list_hub(f"models/openai-community/{name_or_dir}")}
         if not files.keys() >= set(MODEL_FILES):
-            raise OSError(f"the hub does not list {' and '.join(MODEL_FILES)} for {name_or_dir}")
+            raise OSError(f"the hub lists no {' and '.join(MODEL_FILES)} for {name_or_dir}; check HF_ENDPOINT")
         for name in MODEL_FILES:
             download(files[name], directory / name)
         add_checksums(directory, MODEL_FILES)
@@ -391,8 +389,9 @@ def read_meta(directory: Path) -> dict:
     another program's, with GPT-2's tokens. Raises FileNotFoundError, or ValueError for incomplete or damaged data."""
     path = directory / "meta.json"
     if not directory.is_dir():
-        source = f"--source {directory.name}" if directory.name in SOURCES else f"--input YOUR_TEXT --out={directory}"
-        raise FileNotFoundError(f"{directory} does not exist; create it with: python prepare_data.py {source}")
+        source = f"--source {directory.name}" if directory.name in SOURCES else "--input YOUR_TEXT"
+        command = f"python prepare_data.py {source} --out={shlex.quote(str(directory))}"
+        raise FileNotFoundError(f"{directory} does not exist; create it with: {command}")
     if not path.exists():
         return {"tokenizer": "gpt2", "vocab_size": VOCAB_SIZES["gpt2"]}
     if path.name not in read_checksums(directory):  # where it is listed last
@@ -426,7 +425,7 @@ def open_split(directory: Path, name: str, sequence_length: int) -> Split:
     first = np.cumsum([0] + [(count - 1) // sequence_length for count in tokens], dtype=np.int64)
     if first[-1] == 0:
         kind = {"val": "validation", "train": "training"}[name]
-        raise ValueError(f"{directory} has too little {kind} data for {sequence_length:,}-token sequences")
+        raise ValueError(f"{directory} has too little {kind} data; prepare more, or use a shorter --sequence-length")
     return Split(paths, tokens, first, sequence_length, read_meta(directory)["vocab_size"])
 
 
@@ -479,7 +478,7 @@ def list_corpus(settings: dict) -> list[RawFile]:
     folder = subset.replace("sample-", "/sample/") if subset.startswith("sample-") else f"/data/{subset}"
     files = [f for f in list_hub(f"datasets/{HUB_DATASETS[settings['source']]}", folder) if f.name.endswith(".parquet")]
     if not files:
-        raise OSError(f"the hub lists no Parquet files for subset {subset} of {settings['source']}")
+        raise OSError(f"the hub lists no Parquet files for {settings['source']}'s {subset}; check --subset")
     before = itertools.accumulate((file.size for file in files), initial=0)
     # A byte of Parquet holds about 0.3 tokens; 0.2 leaves a margin.
     return [file for file, size in zip(files, before, strict=False) if 0.2 * size < most]
@@ -664,7 +663,7 @@ def number(kind: type, least: float, most: float) -> Callable[[str], Any]:
         with suppress(ValueError, OverflowError):
             if least <= (value := kind(float(text[:-1]) * scale) if scale else kind(text)) <= most:
                 return value
-        raise argparse.ArgumentTypeError(f"must be a number from {least:,} to {most:,}, not {text[:40]}")
+        raise argparse.ArgumentTypeError(f"must be {kind.__name__}, {least:,} to {most:,}, not {text[:40]}")
 
     return parse
 
@@ -732,7 +731,7 @@ def discard(path: Path) -> None:
 
 
 def synchronize(path: Path) -> None:
-    """Wait until a file, or the names in a directory, are on the disk."""
+    """Wait until a file's content, or a directory's list of names, is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     os.fsync(descriptor)
     os.close(descriptor)
@@ -786,14 +785,14 @@ def add_checksums(directory: Path, names: Iterable[str]) -> None:
 
 
 def check_checksums(directory: Path, names: Iterable[str], sums: dict[str, str] | None = None) -> dict[str, str]:
-    """Hash files and compare with `sums` ("" accepts anything) or SHA256SUMS. Raises ValueError or OSError."""
+    """The files' sha256, checked against `sums` ("" accepts any) or SHA256SUMS. Raises ValueError or OSError."""
     sums, found = read_checksums(directory) if sums is None else sums, {}
     for name in names:
         if not (path := directory / name).is_file():
             raise FileNotFoundError(f"{path} is missing")
         found[name] = sha256_of(path)
         if sums.get(name) not in ("", found[name]):
-            raise ValueError(f"{path} is damaged: its content does not match its checksum")
+            raise ValueError(f"{path} is damaged: its content does not match its checksum; restore or recreate it")
     return found
 
 
@@ -849,15 +848,15 @@ def main(argv: list[str] | None = None) -> None:
     about = "Prepare token shards for train.py. With no options: FineWeb-Edu 10B, HellaSwag and LAMBADA."
     parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, allow_abbrev=False, description=about)
     add, origin, amount = parser.add_argument, parser.add_mutually_exclusive_group(), number(int, 1, 10**15)
-    origin.add_argument("--source", choices=SOURCES, help="what to download (default: fineweb-edu, hellaswag, lambada)")
+    origin.add_argument("--source", choices=SOURCES, help="what to prepare (default: fineweb-edu, hellaswag, lambada)")
     origin.add_argument("--input", nargs="+", metavar="FILE", help="your own text: " + ", ".join(FORMATS))
     add("--subset", default="sample-10BT", help="of FineWeb: sample-100BT, ..., or a dump (default: sample-10BT)")
-    add("--out", help="output directory, for one source (default: data/NAME)")
+    add("--out", help="output directory (default: data/NAME); with no --source or --input: for FineWeb-Edu alone")
     add("--tokenizer", choices=VOCAB_SIZES, help="tokenizer (default: gpt2; byte for the demo)")
     add("--shard-tokens", type=number(int, 1, 2**31 - 1), default=10**8, help="tokens in a shard (default: 100M)")
-    add("--val-tokens", type=amount, help="tokens for validation (default: 100M, or a tenth of a smaller text)")
+    add("--val-tokens", type=amount, help="tokens for validation (default: about a tenth of all, at most 100M)")
     add("--max-tokens", type=amount, help="stop after this many tokens, including validation (default: all)")
-    add("--workers", type=number(int, 1, 1024), default=1024, help="threads, at most one per core (default: as many)")
+    add("--workers", type=number(int, 1, 1024), default=1024, help="threads (default and at most: one per core)")
     args = parser.parse_args(argv)
     sources = [args.source] if args.input or args.source else [*EVALUATION_SETS, "fineweb-edu"]
     if args.out == "":

@@ -59,7 +59,7 @@ def sample(args: argparse.Namespace) -> None:
     device, (config, name) = gpt.choose_device(args.device), gpt.read_config(directory)
     tokenizer = prep.get_tokenizer(name)
     if tokenizer.n_vocab != config.vocab_size:
-        raise ValueError(f"{directory} has {config.vocab_size} tokens, and the {name} tokenizer {tokenizer.n_vocab}")
+        raise ValueError(f"{directory}: vocab_size is {config.vocab_size}, but {name} has {tokenizer.n_vocab} tokens")
     prep.status(f"reading {directory}")
     model = gpt.center_logits(gpt.load_model(directory)).to(device, gpt.choose_dtype(args.dtype, device))
     prep.status("")
@@ -70,7 +70,7 @@ def sample(args: argparse.Namespace) -> None:
             prompt.encode()  # raises ValueError for what was not valid UTF-8
             tokens = tokenizer.encode(prompt, allowed_special="all") or [tokenizer.eot_token]  # a new document
             if len(tokens) > config.block_size:
-                raise ValueError(f"the prompt has {len(tokens)} tokens, more than the context of {config.block_size}")
+                raise ValueError(f"the prompt has {len(tokens)} tokens; shorten it to at most {config.block_size}")
         except ValueError as error:
             if not args.interactive:
                 raise

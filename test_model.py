@@ -1,16 +1,16 @@
 """
-The project's promises, one test each. The eight laws:
+The project's promises, and a test for each. The eight laws:
 
 1. Parity: on the same weights the logits are those of the reference GPT-2.
-2. Split invariance: ranks, micro-batches and accumulation steps cut a batch, and change nothing else.
+2. Split invariance: ranks, micro-batches and accumulation steps cut a batch, and (without dropout) change nothing else.
 3. Exact resume: a run killed at any moment and resumed is the run that was never killed, bit for bit on a CPU.
-4. Cache: greedy text with the KV cache is the greedy text without it.
+4. Cache: greedy text is the same with the KV cache as without it.
 5. Reproducible shards: the same text gives the same bytes with any number of workers, however often it was killed.
 6. Loss sync: the logged loss is the mean over every token of the batch, on all ranks and micro-batches.
 7. One writer: a second process in a directory is refused, and changes nothing.
 8. Nothing damaged is believed: every file of a checkpoint and of prepared data has its sha256 checked.
 
-Files, processes, signals and servers are real. It needs no network and no GPU.
+Files, processes, signals and servers are real. The tests need no network and no GPU.
 """
 
 import contextlib
@@ -785,7 +785,7 @@ def flags(shards: Path, out: Path, **changes: object) -> list[str]:
 
 
 def run_main(*options: object) -> None:
-    """train.py in this process, which must end well."""
+    """train.py in this process, which must succeed."""
     with pytest.raises(SystemExit) as ending:
         train.main([str(option) for option in options])
     assert ending.value.code == 0
@@ -1107,7 +1107,7 @@ def test_law_7_a_preparation_has_one_writer(tmp_path: Path, capsys: Capture) -> 
 
 
 def flip(path: Path) -> None:
-    """Turn one bit of a file over."""
+    """Flip one bit of a file."""
     content, rng = bytearray(path.read_bytes()), np.random.default_rng(0)
     content[rng.integers(len(content))] ^= 1 << int(rng.integers(8))
     path.write_bytes(content)
@@ -1221,7 +1221,7 @@ def test_shards_of_other_programs_are_read_and_bad_ones_named(tmp_path: Path) ->
 
 def test_train_says_what_is_wrong_in_one_line(data: Path, tmp_path: Path, capsys: Capture, monkeypatch: Patch) -> None:
     out, part = tmp_path / "part" / "out", tmp_path / "part"
-    part.mkdir()  # which nothing of all this takes away again
+    part.mkdir()  # which none of the refusals below may remove
     for name, wrong in {"total_batch_tokens": 500, "steps": 0, "max_lr": "nan", "min_lr": 1, "stepz": 1}.items():
         said = refusal(train.main, capsys, *flags(data, out, **{name: wrong}), status=2)
         assert f"--{name.replace('_', '-')}" in said
@@ -1240,7 +1240,7 @@ def test_train_says_what_is_wrong_in_one_line(data: Path, tmp_path: Path, capsys
     assert "no checkpoint" in refused(eval_only=True)
     monkeypatch.setitem(sys.modules, "tensorboard", None)
     assert "pip install tensorboard" in refused(tensorboard=True)
-    assert not out.exists()  # nothing of all this left anything behind
+    assert not out.exists()  # none of the refusals left anything behind
     run_train(data, out)
     before = contents(out)
     assert "--resume" in refused()

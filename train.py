@@ -8,7 +8,7 @@ Train a GPT-2 on token shards: on a CPU, on one GPU, or on many under torchrun.
 
 Reads the shards that prepare_data.py or llm.c wrote. Writes to --out: `metrics.jsonl`, one line for each logged update
 and each evaluation, and checkpoints `step_NNNNNN/`, the state after that many updates. The batch of an update depends
-on the seed and the step alone, so a run can be resumed on a different number of GPUs, and it is still the same run.
+on the seed and the step alone: resumed on a different number of GPUs, a run is still (without dropout) the same run.
 """
 
 import argparse
@@ -73,7 +73,7 @@ class TrainConfig:
     eval_only: bool = option(False, "only evaluate: --init-from, or the newest checkpoint in --out or under out/")
     seed: int = option(1337, "random seed for initialization, data order and dropout", fixed=True)
     sequence_length: int = option(1024, "tokens in a sequence; also the context of a new model", 1, 2**20, fixed=True)
-    micro_batch_size: int = option(0, "sequences per device in one pass; 0: the most that fit")
+    micro_batch_size: int = option(0, "sequences per device in one pass; 0: the most that fit (CPU: 4,096 tokens)")
     total_batch_tokens: int = option(2**19, "tokens in an update, over all devices and passes", 1, fixed=True)
     steps: int = option(19073, "number of updates", 1, fixed=True)
     warmup_steps: int = option(715, "warmup updates", fixed=True)
@@ -193,7 +193,7 @@ def start_process(device: str) -> Process:
         try:
             store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(minutes=3)))
         except RuntimeError as error:
-            raise OSError(f"the other processes cannot be reached: {error}") from error
+            raise OSError(f"cannot reach the other processes: {error}; check torchrun's --rdzv_endpoint") from error
         store.set_timeout(limit)
         if world_size == int(os.environ.get("LOCAL_WORLD_SIZE", "0")):
             # Workers that torchrun has restarted would find the addresses of the dead ones in its store. Across
@@ -235,7 +235,7 @@ def catch_signals(stops: list[int]) -> None:
 
 @lru_cache(maxsize=2)  # a batch can span two epochs
 def epoch_order(sequences: int, seed: int, epoch: int) -> np.ndarray:
-    """The order of an epoch: a permutation of range(sequences). RandomState, since NumPy keeps its streams for good."""
+    """The order of an epoch: a permutation of range(sequences). RandomState, since NumPy never changes its streams."""
     return np.random.RandomState([seed, epoch]).permutation(sequences)
 
 
@@ -336,7 +336,7 @@ def load_trainer(checkpoint: Path) -> TrainState:
             if not isinstance(value := getattr(trainer, name), kind):
                 raise TypeError(f"{name} is {type(value).__name__}, not {kind.__name__}")
         if trainer.config.keys() != asdict(TrainConfig()).keys():
-            raise ValueError("its settings are from another version of train.py")
+            raise ValueError("its settings are from another version of train.py; start a new run with --init-from")
         if not 0 < trainer.step <= TrainConfig(**trainer.config).steps:  # which checks their types and ranges
             raise ValueError(f"it claims to be at step {trainer.step}")
         updates = [(float(loss), float(seconds)) for loss, seconds in trainer.updates]
@@ -379,7 +379,7 @@ def find_source(config: TrainConfig) -> tuple[Path | None, bool]:
         if checkpoint := gpt.newest_checkpoint(out, partial(prep.is_intact, names=CHECKPOINT_FILES)):
             return checkpoint, not config.eval_only
         if found:
-            raise ValueError(f"none of the checkpoints in {out} is intact")
+            raise ValueError(f"none of the checkpoints in {out} is intact; choose another --out to start again")
         if config.eval_only:
             raise FileNotFoundError(f"{out} has no checkpoint; give --init-from, or another --out")
     if not (name := config.init_from):
@@ -388,7 +388,7 @@ def find_source(config: TrainConfig) -> tuple[Path | None, bool]:
 
 
 def saved_config(config: TrainConfig, given: dict[str, Any], trainer: TrainState, source: Path) -> TrainConfig:
-    """A checkpoint's settings, overridden by those `given`. ValueError for one that would change a resumed run."""
+    """A checkpoint's settings, overridden by those `given`. Raises ValueError for one fixed in a resumed run."""
     saved = trainer.config
     fixed = [item.name for item in fields(config) if item.metadata["fixed"] and item.name in given]
     changed = [f"--{n.replace('_', '-')} was {saved[n]} and is now {given[n]}" for n in fixed if given[n] != saved[n]]
@@ -581,7 +581,7 @@ def evaluate(model: GPT, sets: dict[str, EvalSet], score: Callable) -> dict[str,
 
 
 def set_mode(model: GPT, training: bool) -> None:
-    """Training or evaluation. cuDNN's attention plans anew for every shape, and shapes vary in evaluation."""
+    """Set training or evaluation mode. In evaluation, cuDNN's attention is off: it plans anew for every shape."""
     model.train(training)
     torch.backends.cuda.enable_cudnn_sdp(training)
 
@@ -612,7 +612,7 @@ def build_model(config: TrainConfig, source: Path | None, meta: dict) -> GPT:
     shape, tokenizer = gpt.read_config(source)
     if (tokenizer, shape.vocab_size) != (meta["tokenizer"], vocab_size):
         theirs, ours = f"{tokenizer} tokenizer ({shape.vocab_size})", f"{meta['tokenizer']} tokenizer ({vocab_size})"
-        raise ValueError(f"{source} uses the {theirs}, but {config.data} the {ours}; prepare the data anew")
+        raise ValueError(f"{source} uses the {theirs}, {config.data} the {ours}; prepare with --tokenizer {tokenizer}")
     if shape.block_size < T:
         raise ValueError(f"--sequence-length {T} exceeds {source}'s context of {shape.block_size}")
     return gpt.load_model(source, config.dropout)
@@ -684,8 +684,8 @@ def check_finite(step: int, loss: float, norm: float, scaler: torch.amp.GradScal
     """Raise FloatingPointError when an update must not be applied. A gradient that overflows float16 is left to the
     scaler, which skips the update, until its scale is down to 1."""
     if not math.isfinite(loss) or (not math.isfinite(norm) and scaler.get_scale() <= 1):
-        good = f"the last good checkpoint is of step {saved}" if saved else "there is no checkpoint yet"
-        raise FloatingPointError(f"step {step}: loss {loss}, gradient norm {norm}; update not applied, {good}")
+        good = f"restart from the checkpoint of step {saved} (--init-from) with" if saved else "start again with"
+        raise FloatingPointError(f"step {step}: loss {loss}, norm {norm}, update not applied; {good} a lower --max-lr")
 
 
 def train(config: TrainConfig, given: dict[str, Any] | None = None) -> int:
