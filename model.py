@@ -368,16 +368,16 @@ def read_config(directory: str | Path) -> tuple[GPTConfig, str]:
 def load_model(directory: str | Path, dropout: float = 0.0) -> GPT:
     """The model in a directory of the hub's layout, in float32 on the CPU and in eval mode. Raises FileNotFoundError
     when there is none, ValueError when what is there is not a whole GPT-2."""
-    path, (config, _), state = Path(directory) / "model.safetensors", read_config(directory), {}
+    path, state = Path(directory) / "model.safetensors", {}
+    config, _ = read_config(directory)
     try:
         for key, tensor in load_file(path).items():
             if key.endswith((".attn.bias", ".attn.masked_bias", "lm_head.weight")):
                 continue  # the mask, and the shared matrix once more
             name = "transformer." + key.removeprefix("transformer.")  # the hub's gpt2 has no prefix
-            number = tensor.to(torch.float32)
-            if name in state or not tensor.is_floating_point() or not number.isfinite().all():
+            if name in state or not tensor.is_floating_point() or not (values := tensor.float()).isfinite().all():
                 raise ValueError(f"{key} must occur exactly once and hold only finite floating-point numbers")
-            state[name] = (number.t() if name.endswith(TRANSPOSED) else number).contiguous()
+            state[name] = (values.t() if name.endswith(TRANSPOSED) else values).contiguous()
         if config.n_layer > len(state):
             raise ValueError(f"it has fewer than {config.n_layer} layers")
         with torch.device("meta"):  # skips an initialization that the file would overwrite

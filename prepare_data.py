@@ -242,9 +242,13 @@ def list_hub(repository: str, folder: str = "") -> list[RawFile]:
     return sorted(set(files))
 
 
+def size_of(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
+
+
 def receive(file: RawFile, part: Path) -> None:
     """Append what `part` lacks; a server that ignores ranges sends the whole file again."""
-    have = part.stat().st_size
+    have = size_of(part)
     with get(file.url, have) as response:
         continues = response.status_code == 206
         if continues and not response.headers.get("Content-Range", "").startswith(f"bytes {have}-"):
@@ -268,9 +272,8 @@ def download(file: RawFile, path: Path) -> Path:
     part = path.with_name(path.name + ".part")
     if part.is_symlink():
         part.unlink()
-    part.touch()
-    furthest, failures = part.stat().st_size, 0
-    while part.stat().st_size < file.size:
+    furthest, failures = size_of(part), 0
+    while size_of(part) < file.size:
         with fetching(file.name):
             try:
                 receive(file, part)
@@ -279,14 +282,14 @@ def download(file: RawFile, path: Path) -> Path:
                     part.unlink()
                 raise
             except (requests.RequestException, HTTPError) as error:
-                have = part.stat().st_size
+                have = size_of(part)
                 furthest, failures = max(furthest, have), 0 if have > furthest else failures + 1
                 if failures == 8:
                     raise
                 status(f"fetching {file.name}: {type(error).__name__}; trying again")
                 time.sleep(min(60.0, 2.0**failures - 1))
-    if part.stat().st_size != file.size or file.sha256 not in ("", sha256_of(part)):
-        part.unlink()
+    if size_of(part) != file.size or file.sha256 not in ("", sha256_of(part)):
+        part.unlink(missing_ok=True)
         raise OSError(f"{file.name}: the download has the wrong size or sha256; run the same command again")
     part.replace(path)
     return path
@@ -365,7 +368,7 @@ def read_header(path: Path) -> int:
         raise ValueError(f"{path} is not a token shard (its header is not that of llm.c's version {SHARD_VERSION})")
     size = path.stat().st_size
     if tokens < 1 or size != HEADER_BYTES + 2 * tokens:
-        raise ValueError(f"{path} is damaged: its header says {tokens:,} tokens, but it has {size:,} bytes")
+        raise ValueError(f"{path} is damaged or empty: {tokens:,} tokens by its header, {size:,} bytes in all")
     return tokens
 
 
@@ -394,7 +397,7 @@ def read_meta(directory: Path) -> dict:
         raise FileNotFoundError(f"{directory} does not exist; create it with: {command}")
     if not path.exists():
         return {"tokenizer": "gpt2", "vocab_size": VOCAB_SIZES["gpt2"]}
-    if path.name not in read_checksums(directory):  # where it is listed last
+    if path.name not in read_checksums(directory):  # which lists it only once the directory is complete
         older = f"(cd {shlex.quote(str(directory))} && sha256sum meta.json *.bin > SHA256SUMS)"
         advice = f"run the same prepare_data.py command again; or, if an older version finished it, {older}"
         raise ValueError(f"{directory} is incomplete; {advice}")
@@ -518,7 +521,7 @@ def read_progress(out: Path) -> dict:
     path = out / "meta.json"
     if not path.exists():
         return {}
-    check_checksums(out, read_checksums(out).keys() & {path.name})  # it is listed once it is complete
+    check_checksums(out, read_checksums(out).keys() & {path.name})  # meta.json is listed once all is complete
     meta = read_object(path.read_bytes(), path)
     with reading(f"{path}, perhaps from another version,"):
         for split in ("train", "val"):
@@ -550,7 +553,7 @@ def prepare(settings: dict, files: list[RawFile], out: Path, workers: int) -> di
     """Prepare `out` according to `settings`, or continue an earlier run; return the content of its meta.json."""
     tokenizer, work = get_tokenizer(settings["tokenizer"]), out / ".work"
     meta = open_meta(settings, files, out)
-    if "meta.json" in read_checksums(out):  # listed last: the preparation is complete
+    if "meta.json" in read_checksums(out):  # added last: the preparation is complete
         discard(work)
         check_checksums(out, [path.name for name in ("val", "train") for path in find_shards(out, name)])
         say(f"{out} is already prepared")
@@ -663,7 +666,8 @@ def number(kind: type, least: float, most: float) -> Callable[[str], Any]:
         with suppress(ValueError, OverflowError):
             if least <= (value := kind(float(text[:-1]) * scale) if scale else kind(text)) <= most:
                 return value
-        raise argparse.ArgumentTypeError(f"must be {kind.__name__}, {least:,} to {most:,}, not {text[:40]}")
+        wanted = "an integer" if kind is int else "a number"
+        raise argparse.ArgumentTypeError(f"must be {wanted} from {least:,} to {most:,}, not {text[:40]}")
 
     return parse
 

@@ -68,7 +68,7 @@ def sample(args: argparse.Namespace) -> None:
     for prompt in read_prompts(args):
         try:
             prompt.encode()  # raises ValueError for what was not valid UTF-8
-            tokens = tokenizer.encode(prompt, allowed_special="all") or [tokenizer.eot_token]  # a new document
+            tokens = tokenizer.encode(prompt, allowed_special="all") or [tokenizer.eot_token]  # none: a new text
             if len(tokens) > config.block_size:
                 raise ValueError(f"the prompt has {len(tokens)} tokens; shorten it to at most {config.block_size}")
         except ValueError as error:

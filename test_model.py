@@ -1081,7 +1081,7 @@ def test_links_are_not_followed(site: Site, data: Path, tmp_path: Path) -> None:
     for directory in (shards, out, other):
         directory.mkdir()
     (other / "file").write_text("another's")
-    for name in ("meta.json.tmp", "meta.json.new", "SHA256SUMS.tmp", "val_000000.bin.tmp"):
+    for name in ("meta.json.tmp", "SHA256SUMS.tmp", "val_000000.bin.tmp"):
         (shards / name).symlink_to(other / "file")
     (out / "metrics.jsonl.tmp").symlink_to(other / "file")
     (out / "step_000003.tmp").symlink_to(other)

@@ -73,7 +73,7 @@ class TrainConfig:
     eval_only: bool = option(False, "only evaluate: --init-from, or the newest checkpoint in --out or under out/")
     seed: int = option(1337, "random seed for initialization, data order and dropout", fixed=True)
     sequence_length: int = option(1024, "tokens in a sequence; also the context of a new model", 1, 2**20, fixed=True)
-    micro_batch_size: int = option(0, "sequences per device in one pass; 0: the most that fit (CPU: 4,096 tokens)")
+    micro_batch_size: int = option(0, "sequences per device per pass; 0: as many as fit, or 4,096 tokens on a CPU")
     total_batch_tokens: int = option(2**19, "tokens in an update, over all devices and passes", 1, fixed=True)
     steps: int = option(19073, "number of updates", 1, fixed=True)
     warmup_steps: int = option(715, "warmup updates", fixed=True)
@@ -97,7 +97,7 @@ class TrainConfig:
     log_every: int = option(1, "log every N updates", 1)
 
     def __post_init__(self) -> None:
-        for item in fields(self):  # they may come from a checkpoint
+        for item in fields(self):  # the values may come from a checkpoint
             value, (least, most) = getattr(self, item.name), item.metadata["range"]
             known, number = value in (item.metadata["choices"] or [value]), item.type in (int, float)
             if not (known and isinstance(value, item.type) and (not number or least <= value <= most)):
@@ -215,7 +215,7 @@ def all_reduce(value: Tensor, how: dist.ReduceOp = dist.ReduceOp.SUM) -> Tensor:
 
 def catch_signals(stops: list[int]) -> None:
     """From now on, SIGTERM and SIGINT are added to `stops` instead of ending the process. A second one ends it at once,
-    unless it follows within a second: torchrun passes on a Ctrl-C that its workers have already received."""
+    unless it follows within a second: a scheduler signals the workers and torchrun, which passes the signal on."""
     times = []
 
     def catch(signum: int, frame: object) -> None:
@@ -323,7 +323,7 @@ def save_checkpoint(out: Path, model: GPT, trainer: TrainState, tokenizer: str, 
     found = gpt.checkpoints(out)
     until_now = found[: found.index(final) + 1]  # a later one is damaged and was skipped
     for old in until_now[:-keep] if keep else []:
-        prep.discard(old)
+        prep.discard(old.rename(old.with_suffix(".tmp")))  # a crash leaves no half of a checkpoint under its name
 
 
 def load_trainer(checkpoint: Path) -> TrainState:
@@ -359,9 +359,8 @@ def load_optimizer(optimizer: Optimizer, scaler: torch.amp.GradScaler, trainer: 
             values = local.state[parameter]
             values["step"] = values["step"].to(parameter.device)  # ZeroRedundancyOptimizer puts it on the CPU
             averages = [values[name] for name in ("exp_avg", "exp_avg_sq")]
-            if values["step"].shape or any(
-                a.shape != parameter.shape or a.layout != parameter.layout for a in averages
-            ):
+            fit = all(a.shape == parameter.shape and a.layout == parameter.layout for a in averages)
+            if values["step"].shape or not fit:
                 raise ValueError("the optimizer's state does not fit the model")
         if scaler.is_enabled() and trainer.scaler:
             scaler.load_state_dict(trainer.scaler)
@@ -379,7 +378,7 @@ def find_source(config: TrainConfig) -> tuple[Path | None, bool]:
         if checkpoint := gpt.newest_checkpoint(out, partial(prep.is_intact, names=CHECKPOINT_FILES)):
             return checkpoint, not config.eval_only
         if found:
-            raise ValueError(f"none of the checkpoints in {out} is intact; choose another --out to start again")
+            raise ValueError(f"none of the checkpoints in {out} is intact; restore one of them from a copy")
         if config.eval_only:
             raise FileNotFoundError(f"{out} has no checkpoint; give --init-from, or another --out")
     if not (name := config.init_from):
@@ -631,8 +630,8 @@ def check_shards(
             if name not in known or not (data / name).exists() or listed.get(name, known[name]) != known[name]:
                 raise ValueError(f"{data / name} is not what the run was trained on; resume with the original data")
     sums = dict.fromkeys(names, "") | listed | (known or {})
-    rank, ranks = (int(os.environ.get(name, default)) for name, default in (("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1)))
-    share = prep.begin(prep.check_checksums, data, names[rank::ranks], sums)
+    local_rank, local_ranks = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    share = prep.begin(prep.check_checksums, data, names[local_rank::local_ranks], sums)
     share.add_done_callback(lambda done: stops.append(signal.SIGTERM) if done.exception() else None)
 
     def wait() -> dict[str, str]:
@@ -640,10 +639,14 @@ def check_shards(
         parts = [share.exception() or share.result()] * process.world_size
         if dist.is_initialized():
             dist.all_gather_object(parts, parts[0])
+        found = dict(known or {})
         for part in parts:
             if isinstance(part, Exception):
                 raise part
-        return (known or {}) | {name: digest for part in parts for name, digest in part.items()}
+            for name, digest in part.items():
+                if found.setdefault(name, digest) != digest:
+                    raise ValueError(f"{data / name} is not the same on all machines; copy it from one to the others")
+        return found
 
     return wait
 
@@ -716,8 +719,9 @@ def train(config: TrainConfig, given: dict[str, Any] | None = None) -> int:
     process = start_process(config.device)
     device, main_process = process.device, process.rank == 0
     step, seconds, updates = (trainer.step, trainer.seconds, trainer.updates) if resuming else (0, 0.0, [])
-    if all_reduce(torch.full((), step, device=device)) != step * process.world_size:
-        raise FileNotFoundError(f"ranks see different files in {out}; put it on a disk that all machines share")
+    for here, where in ((step, out), (split.sequences, data)):
+        if all_reduce(torch.full((), here, device=device)) != here * process.world_size:
+            raise FileNotFoundError(f"ranks see different files in {where}; share its disk, or copy it to each")
     model.to(device).train()
     dtype = gpt.choose_dtype(config.dtype, device, training=True)
     autocast = torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
@@ -814,7 +818,8 @@ def train(config: TrainConfig, given: dict[str, Any] | None = None) -> int:
         torch.manual_seed(int(np.random.SeedSequence([config.seed, step, process.rank]).generate_state(1)[0]))
         loss = torch.zeros((), device=device)
         for i, sequences in enumerate(batch):
-            status(f"step {step} of {config.steps}: micro-batch {i + 1} of {len(batch)}")
+            micro_step = f": micro-batch {i + 1} of {len(batch)}" if len(batch) > 1 else ""
+            status(f"step {step} of {config.steps}{micro_step}")
             # Gradients are exchanged in the last micro-step only. no_sync() sets the same flag; the forward reads it.
             if dist.is_initialized():
                 runner.require_backward_grad_sync = i + 1 == len(batch)
