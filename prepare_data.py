@@ -30,10 +30,9 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
-from urllib.parse import urljoin
+from typing import IO, Any, NamedTuple
 
 try:
     import numpy as np
@@ -56,15 +55,22 @@ COUNTS = ("shards", "documents", "tokens", "bytes")  # of each split, in meta.js
 # Tokenizers
 
 
+# GPT-2's pattern with all but the lookahead in one group, which tiktoken's regular expressions match much faster.
+GPT2_PATTERN = r"(?:'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+$)|\s+(?!\S)|\s"
+
+
 @cache
-def get_tokenizer(name: str) -> tiktoken.Encoding:
-    """The tokenizer "gpt2", fetched once, or "byte": the 256 bytes of UTF-8, and <|endoftext|>. Raises OSError."""
+def get_tokenizer(name: str, thread: int = 0) -> tiktoken.Encoding:
+    """The tokenizer "gpt2", fetched once, or "byte": the 256 bytes of UTF-8, and <|endoftext|>. Threads that shared one
+    would wait for its scratch memory, so each asks for its own. Raises OSError."""
     if name == "byte":
-        ranks, special = {bytes([i]): i for i in range(256)}, {"<|endoftext|>": 256}
-        return tiktoken.Encoding("byte", pat_str=r"(?s:.{1,512})", mergeable_ranks=ranks, special_tokens=special)
-    status("loading GPT-2's tokenizer")
-    with fetching("GPT-2's tokenizer", "connect to the Internet, or set TIKTOKEN_CACHE_DIR to a cache that has it"):
-        return begin(tiktoken.get_encoding, name).result(timeout=120)  # tiktoken has no timeout of its own
+        pattern, ranks, special = r"(?s:.{1,512})", {bytes([i]): i for i in range(256)}, {"<|endoftext|>": 256}
+    else:
+        status("loading GPT-2's tokenizer")
+        with fetching("GPT-2's tokenizer", "connect to the Internet, or set TIKTOKEN_CACHE_DIR to a cache that has it"):
+            published = begin(tiktoken.get_encoding, name).result(timeout=120)  # tiktoken has no timeout of its own
+        pattern, ranks, special = GPT2_PATTERN, published._mergeable_ranks, published._special_tokens
+    return tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
 
 
 @cache
@@ -139,23 +145,17 @@ def tokenize(texts: list[str], tokenizer: tiktoken.Encoding) -> np.ndarray:
     """
     The tokens of documents, (n,) uint16, each preceded by <|endoftext|>; within a document that is ordinary text.
 
-    Documents are joined, since threads hinder each other less in one long call; long ones, and those with that text, go
-    alone. tiktoken's regular expression overflows its stack on a few hundred thousand spaces in a row, so long texts
-    are cut before the last character of each long run. GPT-2's pattern splits there anyway: the tokens stay the same.
+    tiktoken's regular expression overflows its stack on a few hundred thousand spaces in a row, so long texts are cut
+    before the last character of each long run. GPT-2's pattern splits there anyway: the tokens stay the same.
     """
-    mark, space = "<|endoftext|>", r"[^\S\x1c-\x1f]"  # \x1c to \x1f are white space for Python, and not for Rust
+    space = r"[^\S\x1c-\x1f]"  # \x1c to \x1f are white space for Python, and not for Rust
     run = rf"(?<!{space}){space}{{1000,}}"
     pieces = [[]]
-    for odd, group in itertools.groupby(texts, lambda text: len(text) > 100_000 or mark in text):
-        if not odd:
-            pieces.append(tokenizer.encode_to_numpy(mark + mark.join(group), allowed_special="all"))
-            continue
-        for text in group:
-            pieces.append([tokenizer.eot_token])
-            ends = [match.end() for match in re.finditer(run, text)]
-            cuts = [end - 1 for end in ends if end < len(text)]  # white space at the end of a text is one match anyway
-            for start, end in itertools.pairwise([0, *cuts, len(text)]):
-                pieces.append(tokenizer.encode_to_numpy(text[start:end], disallowed_special=()))
+    for text in texts:
+        cuts = [match.end() - 1 for match in re.finditer(run, text)] if len(text) > 100_000 else []
+        pieces.append([tokenizer.eot_token])
+        for start, end in itertools.pairwise([0, *(cut for cut in cuts if cut + 1 < len(text)), len(text)]):
+            pieces.append(tokenizer.encode_to_numpy(text[start:end], disallowed_special=()))
     return np.concatenate(pieces, dtype=np.uint16, casting="unsafe")
 
 
@@ -178,29 +178,22 @@ def hub_address() -> str:
     return address
 
 
-def get(url: str, first: int = 0, redirects: int = 10) -> requests.Response:
-    """Request a page, or a file from byte `first` on, within 15 minutes. HF_TOKEN goes to the hub alone. Raises
-    ValueError for a token that cannot be one, requests.RequestException and TimeoutError."""
+def get(url: str, first: int = 0) -> requests.Response:
+    """Request a page, or a file from byte `first` on. HF_TOKEN goes to the hub alone. Raises ValueError for a token
+    that cannot be one, and requests.RequestException."""
     on_status = {"status_forcelist": (408, 429, 500, 502, 503, 504), "raise_on_status": False}
     retries = Retry(8, connect=2, read=2, backoff_factor=1, backoff_max=60, retry_after_max=60, **on_status)
     session, token = requests.Session(), os.environ.get("HF_TOKEN", "").strip()
     session.mount("http://", HTTPAdapter(max_retries=retries))
     session.mount("https://", HTTPAdapter(max_retries=retries))
     session.auth = lambda request: request  # or requests would replace the token with .netrc's
-    session.get_redirect_target = lambda response: None  # or it would read a redirect's body, however long
     headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={first}-"} if first else {})
     if token and url.startswith(hub_address() + "/"):
         if not (token.isascii() and token.isprintable()) or " " in token:
             raise ValueError("HF_TOKEN contains characters that no token has; copy it again")
         headers["Authorization"] = f"Bearer {token}"
-    send = partial(session.get, url, headers=headers, stream=True, timeout=(10, 30))
-    response = begin(send).result(timeout=900)  # since headers may come a byte at a time, or never end
-    if response.is_redirect and redirects:
-        response.close()
-        return get(urljoin(url, response.headers["location"]), first, redirects - 1)
-    if response.status_code not in (200, 206):
-        response.close()
-        raise requests.HTTPError(response=response)
+    response = session.get(url, headers=headers, stream=True, timeout=(10, 30))
+    response.raise_for_status()
     return response
 
 
@@ -221,43 +214,42 @@ def fetching(name: str, advice: str = "run the same command again to continue") 
 
 def list_hub(repository: str, folder: str = "") -> list[RawFile]:
     """List a folder of `datasets/OWNER/NAME` or `models/OWNER/NAME` on the hub. Raises OSError or ValueError."""
-    hub, name = hub_address(), f"list of {repository}{folder}"
-    url, base = f"{hub}/api/{repository}/tree/main{folder}", f"{hub}/{repository.removeprefix('models/')}/resolve/main"
-    files, pages, size, began = [], 0, 0, time.monotonic()
+    hub, name, files = hub_address(), f"list of {repository}{folder}", []
+    base = f"{hub}/{repository.removeprefix('models/')}/resolve/main"
+
+    def fetch_pages(url: str | None) -> list[bytes]:
+        pages = []
+        while url:
+            if len(pages) == 100:
+                raise OSError(f"the {name} never ends; does HF_ENDPOINT point to a hub?")
+            with get(url) as response:
+                pages.append(response.raw.read(1 << 22))
+                url = response.links.get("next", {}).get("url")
+        return pages
+
     status(f"fetching the {name}")
-    while url:
-        page = b""
-        with fetching(f"the {name}"), get(url) as response:
-            while piece := response.raw.read1(1 << 20):
-                page, size = page + piece, size + len(piece)
-                if pages == 100 or size > 1 << 26 or time.monotonic() > began + 300:
-                    raise OSError(f"the {name} never ends; does HF_ENDPOINT point to a hub?")
-        with reading(name):
-            for entry in json.loads(page):
-                path, sha256 = str(entry["path"]), str((entry.get("lfs") or {}).get("oid", ""))
-                if not path.isprintable():
-                    raise ValueError(f"it lists a name with control characters: {path!r}")
-                files.append(RawFile(path, int(entry["size"]), sha256, f"{base}/{path}"))
-        url, pages = response.links.get("next", {}).get("url"), pages + 1
+    with fetching(f"the {name}"):
+        pages = begin(fetch_pages, f"{hub}/api/{repository}/tree/main{folder}").result(timeout=300)
+    with reading(name):
+        for entry in itertools.chain(*map(json.loads, pages)):
+            path, sha256 = str(entry["path"]), str((entry.get("lfs") or {}).get("oid", ""))
+            if not path.isprintable():
+                raise ValueError(f"it lists a name with control characters: {path!r}")
+            files.append(RawFile(path, int(entry["size"]), sha256, f"{base}/{path}"))
     return sorted(set(files))
 
 
-def size_of(path: Path) -> int:
-    return path.stat().st_size if path.exists() else 0
-
-
-def receive(file: RawFile, part: Path) -> None:
-    """Append what `part` lacks; a server that ignores ranges sends the whole file again."""
-    have = size_of(part)
-    with get(file.url, have) as response:
-        continues = response.status_code == 206
-        if continues and not response.headers.get("Content-Range", "").startswith(f"bytes {have}-"):
+def receive(file: RawFile, out: IO[bytes]) -> None:
+    """Append what `out` lacks; a server that ignores ranges sends the whole file again."""
+    with get(file.url, out.tell()) as response:
+        if response.status_code != 206:
+            out.truncate(0)
+        elif not response.headers.get("Content-Range", "").startswith(f"bytes {out.tell()}-"):
             raise requests.ConnectionError("the server sent a different range from the one requested")
-        with open(part, "ab" if continues else "wb") as out:
-            while out.tell() < file.size and (piece := response.raw.read1(1 << 20)):  # whatever has arrived
-                out.write(piece)
-                status(f"fetching {file.name}: {out.tell() / 1e6:,.0f} of {file.size / 1e6:,.0f} MB")
-    if part.stat().st_size < file.size:
+        while (have := out.seek(0, os.SEEK_END)) < file.size and (piece := response.raw.read1(1 << 20)):
+            out.write(piece)  # whatever has arrived
+            status(f"fetching {file.name}: {have / 1e6:,.0f} of {file.size / 1e6:,.0f} MB")
+    if have < file.size:
         raise requests.ConnectionError("the server closed the connection early")
 
 
@@ -272,24 +264,22 @@ def download(file: RawFile, path: Path) -> Path:
     part = path.with_name(path.name + ".part")
     if part.is_symlink():
         part.unlink()
-    furthest, failures = size_of(part), 0
-    while size_of(part) < file.size:
-        with fetching(file.name):
+    with fetching(file.name), open(part, "ab") as out:
+        furthest, failures = out.tell(), 0
+        while out.tell() < file.size:
             try:
-                receive(file, part)
-            except requests.HTTPError as error:  # the server refuses
-                if error.response.status_code == 416:  # what we have is not the start of its file
-                    part.unlink()
-                raise
+                receive(file, out)
             except (requests.RequestException, HTTPError) as error:
-                have = size_of(part)
-                furthest, failures = max(furthest, have), 0 if have > furthest else failures + 1
-                if failures == 8:
+                failures = 0 if out.tell() > furthest else failures + 1
+                furthest = max(furthest, out.tell())
+                if isinstance(error, requests.HTTPError) and error.response.status_code == 416:
+                    out.truncate(0)  # what we have is not the start of the server's file
+                if failures == 8 or isinstance(error, requests.HTTPError):  # the server refuses
                     raise
                 status(f"fetching {file.name}: {type(error).__name__}; trying again")
                 time.sleep(min(60.0, 2.0**failures - 1))
-    if size_of(part) != file.size or file.sha256 not in ("", sha256_of(part)):
-        part.unlink(missing_ok=True)
+    if part.stat().st_size != file.size or file.sha256 not in ("", sha256_of(part)):
+        part.unlink()
         raise OSError(f"{file.name}: the download has the wrong size or sha256; run the same command again")
     part.replace(path)
     return path
@@ -306,11 +296,7 @@ def model_directory(name_or_dir: str | Path) -> Path:
     if str(name_or_dir) not in OPENAI_MODELS:
         neither = f"neither a directory with {' and '.join(MODEL_FILES)} nor one of {', '.join(OPENAI_MODELS)}"
         raise FileNotFoundError(f"{name_or_dir} is not a model: {neither}")
-    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    if home.startswith("~"):
-        raise OSError(f"there is no home directory to cache {name_or_dir} in; set XDG_CACHE_HOME")
-    directory = Path(home) / "gpt2" / name_or_dir
-
+    directory = Path("data/models") / name_or_dir
     with suppress(OSError, ValueError):
         check_checksums(directory, MODEL_FILES)
         return directory
@@ -326,11 +312,10 @@ def model_directory(name_or_dir: str | Path) -> Path:
 
 
 def tokenize_in_order(
-    files: list[RawFile], paths: list[Path], place: list[int], tokenizer: tiktoken.Encoding, workers: int
+    files: list[RawFile], paths: list[Path], place: list[int], tokenizer: str, workers: int
 ) -> Iterator[tuple[list[int], np.ndarray]]:
     """Yield (place, tokens) for each batch of documents, in order, from `place` = [file, batch] on. Threads tokenize
     ahead (tiktoken works outside of Python's lock) while one downloads the next file, to its path."""
-    own = threading.local()  # threads that share an Encoding would wait for its regular expression's scratch memory
 
     def fetch(index: int) -> Future | None:
         return begin(download, files[index], paths[index]) if index < len(files) else None
@@ -347,10 +332,7 @@ def tokenize_in_order(
     def tokenize_batch(batch: tuple[list[int], Any]) -> tuple[list[int], np.ndarray]:
         if isinstance(batch[1], Exception):
             raise batch[1]
-        if not hasattr(own, "tokenizer"):
-            parts = {"mergeable_ranks": tokenizer._mergeable_ranks, "special_tokens": tokenizer._special_tokens}
-            own.tokenizer = tiktoken.Encoding(tokenizer.name, pat_str=tokenizer._pat_str, **parts)
-        return batch[0], tokenize(batch[1], own.tokenizer)
+        return batch[0], tokenize(batch[1], get_tokenizer(tokenizer, threading.get_ident()))
 
     yield from in_background(tokenize_batch, batches(), workers, 2 * workers)
 
@@ -361,7 +343,7 @@ def tokenize_in_order(
 def read_header(path: Path) -> int:
     """The number of tokens in a shard. Raises ValueError if it is not a whole one."""
     if not path.is_file():
-        raise ValueError(f"{path} is not a regular file")
+        raise ValueError(f"{path} is missing, or not a regular file")
     with open(path, "rb") as file:
         magic, version, tokens = np.frombuffer(file.read(12).ljust(12, b"\0"), dtype="<i4").tolist()
     if (magic, version) != (SHARD_MAGIC, SHARD_VERSION):
@@ -409,21 +391,13 @@ def read_meta(directory: Path) -> dict:
     return meta | {"vocab_size": VOCAB_SIZES[tokenizer]}
 
 
-def find_shards(directory: Path, name: str) -> list[Path]:
-    """The shards `*name_*.bin`, or llm.c's `*_name.bin`, as SHA256SUMS lists them. Raises an OSError or ValueError."""
-    paths = sorted(directory.glob(f"*{name}_*.bin")) or sorted(directory.glob(f"*_{name}.bin"))
-    listed, found = read_checksums(directory), {path.name for path in paths}
-    if listed and (odd := sorted({n for n in listed if n.startswith(f"{name}_")} ^ found)):
-        problem = "is not listed in SHA256SUMS" if odd[0] in found else "is missing"
-        raise ValueError(f"{directory / odd[0]} {problem}; prepare the data again in another directory")
+def open_split(directory: Path, name: str, sequence_length: int) -> Split:
+    """Read the headers of a split's shards, those that SHA256SUMS lists, or `*name_*.bin`, or llm.c's `*_name.bin`; the
+    split is "train" or "val". Raises FileNotFoundError or ValueError."""
+    listed = [directory / file for file in sorted(read_checksums(directory)) if file.startswith(f"{name}_")]
+    paths = listed or sorted(directory.glob(f"*{name}_*.bin")) or sorted(directory.glob(f"*_{name}.bin"))
     if not paths:
         raise FileNotFoundError(f"{directory} has no {name}_*.bin; run prepare_data.py, or choose another --data")
-    return paths
-
-
-def open_split(directory: Path, name: str, sequence_length: int) -> Split:
-    """Find the shards of a split, "train" or "val", and read their headers. Raises FileNotFoundError or ValueError."""
-    paths = find_shards(directory, name)
     tokens = [read_header(path) for path in paths]
     first = np.cumsum([0] + [(count - 1) // sequence_length for count in tokens], dtype=np.int64)
     if first[-1] == 0:
@@ -551,11 +525,12 @@ def open_meta(settings: dict, files: list[RawFile], out: Path) -> dict:
 
 def prepare(settings: dict, files: list[RawFile], out: Path, workers: int) -> dict:
     """Prepare `out` according to `settings`, or continue an earlier run; return the content of its meta.json."""
-    tokenizer, work = get_tokenizer(settings["tokenizer"]), out / ".work"
+    get_tokenizer(settings["tokenizer"])  # fail now if it cannot be fetched
+    work = out / ".work"
     meta = open_meta(settings, files, out)
     if "meta.json" in read_checksums(out):  # added last: the preparation is complete
         discard(work)
-        check_checksums(out, [path.name for name in ("val", "train") for path in find_shards(out, name)])
+        check_checksums(out, read_checksums(out))
         say(f"{out} is already prepared")
         return meta
     if work.is_symlink():
@@ -564,7 +539,7 @@ def prepare(settings: dict, files: list[RawFile], out: Path, workers: int) -> di
     paths = [work / f"{i:06d}-{Path(file.name).name}" for i, file in enumerate(files)]  # base names may repeat
     *start, skip = meta["position"]
     pieces, (split, room), done, began = [], next_shard(meta), 0, time.monotonic()
-    for place, tokens in tokenize_in_order(files, paths, start, tokenizer, workers):
+    for place, tokens in tokenize_in_order(files, paths, start, settings["tokenizer"], workers):
         used = before = skip if place == start else 0
         while used < len(tokens) and room:
             pieces.append(tokens[used : used + room])

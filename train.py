@@ -191,17 +191,15 @@ def start_process(device: str) -> Process:
     if world_size > 0:  # set by torchrun, even for a single process
         limit = timedelta(minutes=30)  # the others wait while rank 0 writes a checkpoint, 19 GB for gpt2-xl
         try:
-            store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(minutes=3)))
+            store, _, _ = next(dist.rendezvous("env://", timeout=limit))
         except RuntimeError as error:
             raise OSError(f"cannot reach the other processes: {error}; check torchrun's --rdzv_endpoint") from error
-        store.set_timeout(limit)
         if world_size == int(os.environ.get("LOCAL_WORLD_SIZE", "0")):
             # Workers that torchrun has restarted would find the addresses of the dead ones in its store. Across
             # machines, the count of restarts is not shared, and cannot tell them apart.
             store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
         backend, device_id = ("nccl", chosen) if chosen.type == "cuda" else ("gloo", None)
-        place = {"store": store, "world_size": world_size, "rank": rank, "device_id": device_id}
-        dist.init_process_group(backend, timeout=limit, **place)
+        dist.init_process_group(backend, None, limit, world_size, rank, store, device_id=device_id)
     return Process(rank, max(1, world_size), chosen)
 
 
@@ -214,17 +212,15 @@ def all_reduce(value: Tensor, how: dist.ReduceOp = dist.ReduceOp.SUM) -> Tensor:
 
 
 def catch_signals(stops: list[int]) -> None:
-    """From now on, SIGTERM and SIGINT are added to `stops` instead of ending the process. A second one ends it at once,
-    unless it follows within a second: a scheduler signals the workers and torchrun, which passes the signal on."""
-    times = []
+    """From now on, SIGTERM and SIGINT are added to `stops` instead of ending the process. A second Ctrl-C ends it at
+    once; under torchrun, which passes signals on and so repeats them, it is torchrun that does so after a while."""
 
     def catch(signum: int, frame: object) -> None:
-        stops.append(signum)
-        times.append(time.monotonic())
-        if times[-1] > times[0] + 1:
+        if signum in stops and signum == signal.SIGINT and not dist.is_initialized():
             os._exit(128 + signum)
-        if len(times) == 1 and prep.is_main_process():  # by os.write: a print may be under way
+        if not stops and prep.is_main_process():  # by os.write: a print may be under way
             os.write(2, b"\nstopping, and writing a checkpoint; Ctrl-C again stops at once\n")
+        stops.append(signum)
 
     signal.signal(signal.SIGTERM, catch)
     signal.signal(signal.SIGINT, catch)
@@ -292,7 +288,6 @@ class TrainState(NamedTuple):
     config: dict  # of TrainConfig
     step: int
     seconds: float  # of training until then
-    updates: list  # (loss, seconds) of each update since the last line of the log
     shards: dict  # the sha256 of each shard, by its name
     optimizer: dict
     scaler: dict
@@ -339,28 +334,20 @@ def load_trainer(checkpoint: Path) -> TrainState:
             raise ValueError("its settings are from another version of train.py; start a new run with --init-from")
         if not 0 < trainer.step <= TrainConfig(**trainer.config).steps:  # which checks their types and ranges
             raise ValueError(f"it claims to be at step {trainer.step}")
-        updates = [(float(loss), float(seconds)) for loss, seconds in trainer.updates]
-        if not all(math.isfinite(loss) and 0 < seconds < math.inf for loss, seconds in updates):
-            raise ValueError("its losses are not finite")
-        return trainer._replace(updates=updates, shards={str(name): str(sha) for name, sha in trainer.shards.items()})
+        return trainer._replace(shards={str(name): str(sha) for name, sha in trainer.shards.items()})
 
 
 def load_optimizer(optimizer: Optimizer, scaler: torch.amp.GradScaler, trainer: TrainState, source: Path) -> None:
     """Restore the optimizer, and float16's scaler, from a checkpoint. Raises ValueError when that does not fit."""
     with prep.reading(source / "trainer.pt"):
-        own = [{name: group[name] for name in group.keys() - {"params"}} for group in optimizer.param_groups]
         optimizer.load_state_dict(trainer.optimizer)
-        for group, settings in zip(optimizer.param_groups, own, strict=True):
-            group.update(settings)  # which are the configuration's
         local = getattr(optimizer, "optim", optimizer)  # this rank's part of a ZeroRedundancyOptimizer
         if local is not optimizer:
             optimizer.state.clear()  # a second copy of it
-        for parameter in (parameter for group in local.param_groups for parameter in group["params"]):
+        for parameter in itertools.chain(*(group["params"] for group in local.param_groups)):
             values = local.state[parameter]
             values["step"] = values["step"].to(parameter.device)  # ZeroRedundancyOptimizer puts it on the CPU
-            averages = [values[name] for name in ("exp_avg", "exp_avg_sq")]
-            fit = all(a.shape == parameter.shape and a.layout == parameter.layout for a in averages)
-            if values["step"].shape or not fit:
+            if any(values[name].shape != parameter.shape for name in ("exp_avg", "exp_avg_sq")):
                 raise ValueError("the optimizer's state does not fit the model")
         if scaler.is_enabled() and trainer.scaler:
             scaler.load_state_dict(trainer.scaler)
@@ -369,8 +356,7 @@ def load_optimizer(optimizer: Optimizer, scaler: torch.amp.GradScaler, trainer: 
 def find_source(config: TrainConfig) -> tuple[Path | None, bool]:
     """The directory to load weights from (None: new model) and whether to resume from it; damaged checkpoints are
     skipped. Raises FileExistsError for a run that is not to be resumed, FileNotFoundError or ValueError for weights."""
-    out, found = Path(config.out), gpt.checkpoints(Path(config.out))
-    log = out / "metrics.jsonl"
+    out, log, found = Path(config.out), Path(config.out) / "metrics.jsonl", gpt.checkpoints(Path(config.out))
     begun = found or (log.is_file() and b"train_loss" in log.read_bytes())
     if begun and not config.resume and not config.eval_only:
         raise FileExistsError(f"{out} already contains a run; add --resume to continue it, or choose another --out")
@@ -381,9 +367,10 @@ def find_source(config: TrainConfig) -> tuple[Path | None, bool]:
             raise ValueError(f"none of the checkpoints in {out} is intact; restore one of them from a copy")
         if config.eval_only:
             raise FileNotFoundError(f"{out} has no checkpoint; give --init-from, or another --out")
-    if not (name := config.init_from):
+    if not config.init_from:
         return None, False
-    return gpt.newest_checkpoint(Path(name), prep.is_intact) or prep.model_directory(name), False
+    run = gpt.newest_checkpoint(Path(config.init_from), prep.is_intact)
+    return run or prep.model_directory(config.init_from), False
 
 
 def saved_config(config: TrainConfig, given: dict[str, Any], trainer: TrainState, source: Path) -> TrainConfig:
@@ -430,13 +417,13 @@ def open_log(path: Path, config: TrainConfig, step: int) -> Callable[[dict], Non
     return record
 
 
-def update_entry(config: TrainConfig, step: int, updates: list, lr: float, norm: float, peak: float | None) -> dict:
-    """The log entry of an update, over the (loss, seconds) since the last entry; `peak` is the tokens/s of MFU 1."""
-    losses, seconds = zip(*updates, strict=True)
-    rate = config.total_batch_tokens * len(updates) / sum(seconds)
-    entry = {"step": step, "train_loss": math.fsum(losses) / len(losses), "lr": lr}
-    entry |= {"grad_norm": norm if math.isfinite(norm) else None, "tokens_per_second": rate}
-    entry |= {"mfu": rate / peak} if peak else {}
+def update_entry(
+    config: TrainConfig, step: int, loss: float, lr: float, norm: float, took: float, peak: float | None
+) -> dict:
+    """The log entry of an update that took so many seconds; `peak` is the tokens/s of MFU 1."""
+    rate = config.total_batch_tokens / took
+    entry = {"step": step, "train_loss": loss, "lr": lr, "grad_norm": norm if math.isfinite(norm) else None}
+    entry |= {"tokens_per_second": rate} | ({"mfu": rate / peak} if peak else {})
     return entry | ({"memory_gb": torch.cuda.max_memory_allocated() / 1e9} if torch.cuda.is_initialized() else {})
 
 
@@ -483,12 +470,10 @@ def read_tasks(name: str, path: Path, tokenizer: tiktoken.Encoding, most: int) -
                 context, last_word = task["text"].rsplit(" ", 1)
                 endings, label = [last_word], 0
             else:
-                context, endings, label = task["ctx"], task["endings"], int(task["label"])
+                context, label, (a, b, c, d) = task["ctx"], int(task["label"]), task["endings"]
+                endings = [a, b, c, d]
             texts = [context, *(" " + ending for ending in endings)]
             begin, *ends = (prep.tokenize([text], tokenizer)[1:] for text in texts)
-            count = 1 if name == "lambada" else 4
-            if not len(begin) or len(ends) != count or not 0 <= label < count:
-                raise ValueError(f"it needs a context, {count} endings and the number of the right one")
         rows += [np.concatenate([begin, end]) for end in ends]
         scored += [len(end) for end in ends]
         labels.append(label)
@@ -718,7 +703,7 @@ def train(config: TrainConfig, given: dict[str, Any] | None = None) -> int:
     # The processes, and the device of each
     process = start_process(config.device)
     device, main_process = process.device, process.rank == 0
-    step, seconds, updates = (trainer.step, trainer.seconds, trainer.updates) if resuming else (0, 0.0, [])
+    step, seconds = (trainer.step, trainer.seconds) if resuming else (0, 0.0)
     for here, where in ((step, out), (split.sequences, data)):
         if all_reduce(torch.full((), here, device=device)) != here * process.world_size:
             raise FileNotFoundError(f"ranks see different files in {where}; share its disk, or copy it to each")
@@ -793,7 +778,7 @@ def train(config: TrainConfig, given: dict[str, Any] | None = None) -> int:
             optimizer.consolidate_state_dict(to=0)
         if main_process:
             states = optimizer.state_dict(), scaler.state_dict()
-            state = TrainState(asdict(config), step, seconds, updates, shards, *states)
+            state = TrainState(asdict(config), step, seconds, shards, *states)
             save_checkpoint(out, model, state, meta["tokenizer"], config.keep_checkpoints)
             say(f"step {step}  checkpoint {out}/step_{step:06d}")
         return step
@@ -838,11 +823,10 @@ def train(config: TrainConfig, given: dict[str, Any] | None = None) -> int:
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
 
-        updates.append((loss, time.perf_counter() - began))
-        seconds += updates[-1][1]
+        took = time.perf_counter() - began
+        seconds += took
         if due(config.log_every):
-            record(update_entry(config, step, updates, lr, norm, peak) | {"seconds": seconds})
-            updates = []
+            record(update_entry(config, step, loss, lr, norm, took, peak) | {"seconds": seconds})
         if due(config.sample_every) and main_process:
             say(sample_text(model, meta["tokenizer"], config.seed, device))
         if due(config.checkpoint_every):
