@@ -4,10 +4,9 @@ GPT-2 as a PyTorch module, its weights file, and text generation with a KV cache
     model = load_model("out/step_019073")
     for tokens in generate(model, prompt, 100): ...   # (B,) new tokens at a time
 
-After "Language Models are Unsupervised Multitask Learners" (Radford et al., 2019). Parameter names are those of
-OpenAI's release, so that weights map one to one. A model is a directory in the layout that the Hugging Face hub uses
-for GPT-2, `model.safetensors` and `config.json`; `transformers.GPT2LMHeadModel.from_pretrained` opens ours, and
-`load_model` opens theirs.
+After "Language Models are Unsupervised Multitask Learners" (Radford et al., 2019), with the parameter names of OpenAI's
+release. A model is a directory in the layout that the Hugging Face hub uses for GPT-2, `model.safetensors` and
+`config.json`: `transformers.GPT2LMHeadModel.from_pretrained` opens ours, and `load_model` opens theirs.
 """
 
 import itertools
@@ -270,20 +269,12 @@ def choose_dtype(name: str, device: torch.device, training: bool = False) -> tor
     return torch.float32 if name == "auto" else getattr(torch, name)
 
 
-# TFLOP/s of a card, by the name that CUDA gives it, in bfloat16 and float16 (dense, summed in float32), and in float32
+# TFLOP/s of cards by CUDA's names for them, from the data sheets: in bfloat16 and float16 (dense), and in float32
 PEAK_TFLOPS = {
-    "NVIDIA B200": (2250, 75), "NVIDIA H200": (989, 67), "NVIDIA H200 NVL": (835, 60),
-    "NVIDIA H100 80GB HBM3": (989, 67), "NVIDIA H100 PCIe": (756, 51), "NVIDIA H100 NVL": (835, 60),
-    "NVIDIA A100-SXM4-40GB": (312, 19.5), "NVIDIA A100-SXM4-80GB": (312, 19.5),
-    "NVIDIA A100-PCIE-40GB": (312, 19.5), "NVIDIA A100 80GB PCIe": (312, 19.5),
-    "NVIDIA A10": (125, 31.2), "NVIDIA L40S": (362, 91.6), "NVIDIA L4": (121, 30.3),
-    "NVIDIA GeForce RTX 5090": (209.5, 104.8), "NVIDIA GeForce RTX 4090": (165.2, 82.6),
+    "NVIDIA A100-SXM4-40GB": (312, 19.5), "NVIDIA A100-SXM4-80GB": (312, 19.5), "NVIDIA A100-PCIE-40GB": (312, 19.5),
+    "NVIDIA H100 80GB HBM3": (989, 67), "NVIDIA H100 PCIe": (756, 51), "NVIDIA H200": (989, 67),
+    "NVIDIA B200": (2250, 75), "NVIDIA L40S": (362, 91.6), "NVIDIA GeForce RTX 4090": (165.2, 82.6),
 }  # fmt: skip
-
-
-def peak_flops(name: str, dtype: torch.dtype) -> float | None:
-    """The rate of a card in FLOP/s from the vendor's data sheet; None where it is not known."""
-    return PEAK_TFLOPS[name][dtype == torch.float32] * 1e12 if name in PEAK_TFLOPS else None
 
 
 # A model is a directory
@@ -456,14 +447,11 @@ def generate(
 
     When the context is full, its second half becomes the new context. A row that has drawn `stop_token` repeats it, and
     generation ends when every row has. `generator` must be on the model's device; `compiled` compiles the decoding
-    step. The model should be in eval mode. Raises ValueError for an empty prompt, one longer than the context, or a
-    setting out of range.
+    step. The model should be in eval mode. Raises ValueError for an empty prompt, or one longer than the context.
     """
     config, weight = model.config, model.transformer.wte.weight
     if not 1 <= tokens.size(1) <= config.block_size:
         raise ValueError(f"a prompt must have 1 to {config.block_size} tokens (the context), not {tokens.size(1)}")
-    if not (0 <= temperature < math.inf and (top_k is None or top_k >= 1) and (top_p is None or 0 < top_p <= 1)):
-        raise ValueError("temperature must be at least 0, top_k at least 1, and top_p above 0 and at most 1")
     shape = (len(tokens), config.n_head, config.block_size, config.n_embd // config.n_head)
     cache = [(weight.new_zeros(shape), weight.new_zeros(shape)) for _ in range(config.n_layer)]
     positions = torch.arange(config.block_size, device=tokens.device)

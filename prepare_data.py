@@ -5,12 +5,11 @@ Download text and turn it into token shards in `data/NAME`; also fetch evaluatio
     python prepare_data.py --source demo                      # Python's own manual, without network: data/demo
     python prepare_data.py --input corpus.jsonl --out data/mine
 
-The corpus is one stream of tokens, each document preceded by an `<|endoftext|>`: the first --val-tokens of it are the
-validation split, the rest is for training, both cut into shards `val_000000.bin`, `train_000000.bin`, ... A shard is
-llm.c's: 256 int32 of header (20240520, 1, the number of tokens, zeros), then uint16 tokens, all little endian.
-`meta.json` holds the tokenizer, what each split contains, and how far the shards reach, so that the same command
-continues an interrupted preparation and writes identical bytes. `SHA256SUMS` covers the shards, and meta.json once the
-directory is complete. The evaluation sets, HellaSwag and LAMBADA, stay as they are published.
+The corpus is one stream of tokens, each document preceded by an `<|endoftext|>`: the first --val-tokens of it are for
+validation, the rest for training, both cut into shards `val_000000.bin`, `train_000000.bin`, ... A shard is llm.c's:
+256 int32 of header (20240520, 1, the number of tokens, zeros), then uint16 tokens, all little endian. `meta.json` says
+what each split contains, and how far the shards reach, so that the same command continues an interrupted preparation
+and writes identical bytes. `SHA256SUMS` covers the shards, and meta.json once the directory is complete.
 """
 
 import argparse
@@ -144,7 +143,6 @@ def read_batches(path: Path) -> Iterator[list[str]]:
 def tokenize(texts: list[str], tokenizer: tiktoken.Encoding) -> np.ndarray:
     """
     The tokens of documents, (n,) uint16, each preceded by <|endoftext|>; within a document that is ordinary text.
-
     tiktoken's regular expression overflows its stack on a few hundred thousand spaces in a row, so long texts are cut
     before the last character of each long run. GPT-2's pattern splits there anyway: the tokens stay the same.
     """
@@ -153,8 +151,10 @@ def tokenize(texts: list[str], tokenizer: tiktoken.Encoding) -> np.ndarray:
     pieces = [[]]
     for text in texts:
         cuts = [match.end() - 1 for match in re.finditer(run, text)] if len(text) > 100_000 else []
+        if cuts and cuts[-1] + 1 == len(text):  # white space at the end of a text is one match anyway
+            cuts.pop()
         pieces.append([tokenizer.eot_token])
-        for start, end in itertools.pairwise([0, *(cut for cut in cuts if cut + 1 < len(text)), len(text)]):
+        for start, end in itertools.pairwise([0, *cuts, len(text)]):
             pieces.append(tokenizer.encode_to_numpy(text[start:end], disallowed_special=()))
     return np.concatenate(pieces, dtype=np.uint16, casting="unsafe")
 
@@ -591,10 +591,8 @@ def one_line_errors(script: str, memory_advice: str) -> Iterator[None]:
         problem = printable(" ".join(str(error).split())) or type(error).__name__
         if isinstance(error, ModuleNotFoundError):
             problem += f"; pip install {error.name}"
-        elif any(words in problem for words in ("MemoryError", "out of memory", "can't allocate memory")):
-            problem = f"out of memory; {memory_advice}"
-        elif "can't start new thread" in problem:
-            problem = "no more threads can be started; raise the limit on processes (ulimit -u) or on memory"
+        elif any(words in problem for words in ("MemoryError", "out of memory", "allocate memory", "start new thread")):
+            problem = f"out of memory, or of threads; {memory_advice}"
         elif isinstance(error, RuntimeError):
             raise
         status("")
@@ -626,11 +624,6 @@ def status(text: str) -> None:
     if sys.stderr.isatty() and is_main_process():
         line = printable(text)[: shutil.get_terminal_size().columns - 1]
         print(f"\r{line}\x1b[K", end="", file=sys.stderr, flush=True)
-
-
-def clock(seconds: float) -> str:
-    """A duration as hours, minutes and seconds."""
-    return f"{int(seconds) // 3600}:{int(seconds) // 60 % 60:02}:{int(seconds) % 60:02}"
 
 
 def number(kind: type, least: float, most: float) -> Callable[[str], Any]:
@@ -803,18 +796,14 @@ def prepare_source(source: str | None, args: argparse.Namespace) -> None:
             files = [local_file(out / ".demo.jsonl")]
         tokenizer, most = args.tokenizer or ("byte" if source == "demo" else "gpt2"), args.max_tokens or sys.maxsize
         size = sum(file.size for file in files) or sys.maxsize  # of the hub's corpora, which are larger than needed
-        expected = min(most, size // (1 if tokenizer == "byte" else 4))
-        val_tokens = args.val_tokens or max(1, min(10**8, expected // 10))
+        val_tokens = args.val_tokens or max(1, min(10**8, most // 10, size // (10 if tokenizer == "byte" else 40)))
         if val_tokens >= most:
             raise ValueError(f"--val-tokens {val_tokens:,} must be less than --max-tokens {most:,}")
-        settings = {
-            "source": [[Path(file.name).name, file.size, file.sha256] for file in files] if args.input else source,
-            "subset": args.subset if source in HUB_DATASETS else None,
-            "tokenizer": tokenizer,
-            "shard_tokens": args.shard_tokens,
-            "val_tokens": val_tokens,
-            "max_tokens": args.max_tokens,
-        }  # together they determine every byte of the result
+        # Together, these determine every byte of the result.
+        given = [[Path(file.name).name, file.size, file.sha256] for file in files] if args.input else source
+        subset = args.subset if source in HUB_DATASETS else None
+        settings = {"source": given, "subset": subset, "tokenizer": tokenizer, "shard_tokens": args.shard_tokens}
+        settings |= {"val_tokens": val_tokens, "max_tokens": args.max_tokens}
         meta = prepare(settings, files, out, min(args.workers, os.cpu_count() or 1))
         discard(out / ".demo.jsonl")
     for split in ("val", "train"):

@@ -3,8 +3,6 @@ Continue a prompt with a trained GPT-2; the text appears as it is generated.
 
     python sample.py                                                      # the newest checkpoint under out/
     python sample.py --model gpt2 --prompt "Hello, I'm a language model," # OpenAI's weights
-    echo "Once upon a time" | python sample.py --prompt -
-    python sample.py --interactive
 
 Only the text goes to standard output; the model's name and its speed go to standard error.
 """
@@ -66,24 +64,15 @@ def sample(args: argparse.Namespace) -> None:
     print(f"{directory}: {gpt.parameter_count(model):,} parameters, {device}", file=sys.stderr)
     generator = torch.Generator(device).manual_seed(args.seed)
     for prompt in read_prompts(args):
-        try:
-            prompt.encode()  # raises ValueError for what was not valid UTF-8
-            tokens = tokenizer.encode(prompt, allowed_special="all") or [tokenizer.eot_token]  # none: a new text
-            if len(tokens) > config.block_size:
-                raise ValueError(f"the prompt has {len(tokens)} tokens; shorten it to at most {config.block_size}")
-        except ValueError as error:
-            if not args.interactive:
-                raise
-            print(error, file=sys.stderr)
-            continue
+        prompt.encode()  # raises ValueError for what was not valid UTF-8
+        tokens = tokenizer.encode(prompt, allowed_special="all") or [tokenizer.eot_token]  # none: a new text
         prompts = torch.tensor([tokens] * args.num_samples, device=device)
         how = {"temperature": args.temperature, "top_k": args.top_k or None, "top_p": args.top_p}
         how |= {"generator": generator, "stop_token": tokenizer.eot_token, "compiled": args.compile}
-        steps = gpt.generate(model, prompts, args.max_new_tokens, **how)
         # The first sample is printed while it is generated; the others, each below a rule, at the end.
         decode, drawn, times = stream_decoder(tokenizer), [], []
         print(prompt, end="", flush=True)
-        for step in steps:
+        for step in gpt.generate(model, prompts, args.max_new_tokens, **how):
             drawn.append(step.tolist())
             times.append(time.perf_counter())
             print(decode(drawn[-1][0]), end="", flush=True)

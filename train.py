@@ -6,9 +6,9 @@ Train a GPT-2 on token shards: on a CPU, on one GPU, or on many under torchrun.
     python train.py --preset demo                         # two minutes on a CPU
     python train.py --eval-only --init-from gpt2          # evaluate OpenAI's model
 
-Reads the shards that prepare_data.py or llm.c wrote. Writes to --out: `metrics.jsonl`, one line for each logged update
-and each evaluation, and checkpoints `step_NNNNNN/`, the state after that many updates. The batch of an update depends
-on the seed and the step alone: resumed on a different number of GPUs, a run is still (without dropout) the same run.
+Reads the shards that prepare_data.py or llm.c wrote. Writes to --out: `metrics.jsonl`, and checkpoints `step_NNNNNN/`,
+the state after that many updates. The batch of an update depends on the seed and the step alone: resumed on a different
+number of GPUs, a run is still (without dropout) the same run.
 """
 
 import argparse
@@ -20,8 +20,8 @@ import shlex
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from functools import lru_cache, partial
@@ -105,20 +105,10 @@ class TrainConfig:
 
 
 BOOK = TrainConfig(
-    data="data/mine",
-    model="gpt2-tiny",
-    sequence_length=64,
-    total_batch_tokens=12 * 64,
-    steps=2200,
-    warmup_steps=150,
-    max_lr=1.5e-3,
-    min_lr=1e-5,
-    beta2=0.99,
-    eval_every=1000,
-    sample_every=500,
-    checkpoint_every=1000,
-    log_every=20,
-)
+    data="data/mine", model="gpt2-tiny", sequence_length=64, total_batch_tokens=12 * 64,
+    steps=2200, warmup_steps=150, max_lr=1.5e-3, min_lr=1e-5, beta2=0.99,
+    eval_every=1000, sample_every=500, checkpoint_every=1000, log_every=20,
+)  # fmt: skip
 PRESETS = {
     "gpt2": TrainConfig(),
     "book": BOOK,  # for a single book: a few minutes on a laptop
@@ -181,8 +171,6 @@ def start_process(device: str) -> Process:
     """Choose the device and, under torchrun, join the other processes. Raises ValueError for a missing device."""
     chosen = gpt.choose_device(device)
     rank, local_rank, world_size = (int(os.environ.get(name, "0")) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
-    if rank >= max(1, world_size):
-        raise ValueError(f"RANK is {rank}, but WORLD_SIZE is {world_size}; start several processes with torchrun")
     if chosen.type == "cuda":
         if local_rank >= torch.cuda.device_count():
             raise ValueError(f"there is no GPU for local rank {local_rank}; start fewer processes (--nproc_per_node)")
@@ -434,8 +422,8 @@ def describe(entry: dict, config: TrainConfig) -> str:
         speed = f"{rate / 1000:,.0f}k tok/s" if rate >= 1e5 else f"{rate:,.0f} tok/s"
         speed += f"  mfu {entry['mfu']:.0%}" if "mfu" in entry else ""
         update = f"step {entry['step']}  loss {entry['train_loss']:.4f}  lr {entry['lr']:.1e}  norm {norm:.2f}"
-        left = (config.steps - entry["step"]) * config.total_batch_tokens / rate
-        return f"{update}  {speed}  {prep.clock(left)}"
+        left = int((config.steps - entry["step"]) * config.total_batch_tokens / rate)
+        return f"{update}  {speed}  {left // 3600}:{left // 60 % 60:02}:{left % 60:02}"
     lines = [f"step {entry['step']}  evaluation" if "step" in entry else f"evaluation of {entry['evaluated']}"]
     for name, value in entry.items():
         if isinstance(value, float) and not name.endswith("_se") and name != "seconds":
@@ -498,6 +486,17 @@ def open_evaluation(config: TrainConfig, split: Split, tokenizer_name: str, bloc
     return sets
 
 
+@contextmanager
+def evaluation_mode(model: GPT) -> Iterator[None]:
+    """Evaluation mode, without gradients and cuDNN's attention, which plans anew for every shape."""
+    model.eval()
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    with torch.no_grad():
+        yield
+    model.train()
+    torch.backends.cuda.enable_cudnn_sdp(True)
+
+
 def score_rows(model: GPT, process: Process, autocast: torch.autocast, stopped: Callable, data: EvalSet) -> np.ndarray:
     """
     Per row: the summed loss of its scored tokens in nats, and how many were the top prediction; (2, rows) float64. Rows
@@ -513,26 +512,24 @@ def score_rows(model: GPT, process: Process, autocast: torch.autocast, stopped: 
         size = max(1, most // (len(rows[order[0]]) - 1))
         batches.append(order[:size])
         order = order[size:]
-    began, scores = time.monotonic(), torch.zeros(2, len(rows), dtype=torch.float64)
+    scores = torch.zeros(2, len(rows), device=process.device)
     for turn in range(0, len(batches), process.world_size):
-        left = (time.monotonic() - began) * (len(batches) - turn) / max(1, turn)
-        status(f"evaluating: {turn / len(batches):.0%}{f', {prep.clock(left)} left' if turn else ''}")
+        status(f"evaluating: {turn / len(batches):.0%}")
         if stopped():
             raise InterruptedError
         for batch in batches[turn : turn + process.world_size][process.rank : process.rank + 1]:  # this rank's, if any
-            scored = [(rows[i], data.scored[i]) for i in batch]
-            ends = [F.pad(row[-n:], (len(row) - 1 - n, 0), value=-1) for row, n in scored]
+            ends = [F.pad(rows[i][-n:], (len(rows[i]) - 1 - n, 0), value=-1) for i in batch for n in data.scored[[i]]]
             targets = pad_sequence(ends, batch_first=True, padding_value=-1).ravel()
             tokens = pad_sequence([rows[i][:-1] for i in batch], batch_first=True)
             indices = (targets >= 0).nonzero().squeeze(1)
-            with autocast:
-                result = model.score(*(part.to(process.device) for part in (tokens, indices, targets[indices])))
-            scores.index_add_(1, torch.tensor(batch)[indices // tokens.size(1)], result.cpu().double())
-    return all_reduce(scores.to(process.device) if process.device.type == "cuda" else scores).numpy()
+            row_of = torch.tensor(batch)[indices // tokens.size(1)]
+            to_device = (part.to(process.device) for part in (tokens, indices, targets[indices]))
+            with evaluation_mode(model), autocast:
+                scores.index_add_(1, row_of.to(process.device), model.score(*to_device))
+    return all_reduce(scores).numpy()
 
 
-@torch.no_grad()
-def evaluate(model: GPT, sets: dict[str, EvalSet], score: Callable) -> dict[str, float | None]:
+def evaluate(sets: dict[str, EvalSet], score: Callable) -> dict[str, float | None]:
     """
     The metrics of the sets; `..._se` is a standard error over sequences or tasks.
 
@@ -546,7 +543,6 @@ def evaluate(model: GPT, sets: dict[str, EvalSet], score: Callable) -> dict[str,
         metrics[name] = values.mean()
         metrics[f"{name}_se"] = values.std(ddof=1) / math.sqrt(len(values)) if len(values) > 1 else math.nan
 
-    set_mode(model, training=False)
     for name, data in sets.items():
         nats, top = score(data)
         if name == "val":
@@ -560,14 +556,7 @@ def evaluate(model: GPT, sets: dict[str, EvalSet], score: Callable) -> dict[str,
             by_task = (len(data.labels), -1)
             mean("hellaswag_acc", nats.reshape(by_task).argmin(axis=1) == data.labels)
             mean("hellaswag_acc_norm", (nats / data.scored).reshape(by_task).argmin(axis=1) == data.labels)
-    set_mode(model, training=True)
     return {name: float(value) if np.isfinite(value) else None for name, value in metrics.items()}
-
-
-def set_mode(model: GPT, training: bool) -> None:
-    """Set training or evaluation mode. In evaluation, cuDNN's attention is off: it plans anew for every shape."""
-    model.train(training)
-    torch.backends.cuda.enable_cudnn_sdp(training)
 
 
 def sample_text(model: GPT, tokenizer_name: str, seed: int, device: torch.device) -> str:
@@ -575,10 +564,9 @@ def sample_text(model: GPT, tokenizer_name: str, seed: int, device: torch.device
     tokenizer = prep.get_tokenizer(tokenizer_name)
     generator = torch.Generator(device).manual_seed(seed)
     prompt = torch.tensor([[tokenizer.eot_token]], device=device)
-    set_mode(model, training=False)
     how = {"temperature": 0.8, "top_k": 50, "generator": generator, "stop_token": tokenizer.eot_token}
-    tokens = [int(token) for token in gpt.generate(model, prompt, 100, **how)]
-    set_mode(model, training=True)
+    with evaluation_mode(model):
+        tokens = [int(token) for token in gpt.generate(model, prompt, 100, **how)]
     text = tokenizer.decode(tokens).removesuffix("<|endoftext|>")
     return "\n".join(["sample:", *(f"  {line}" for line in text.strip("\n").split("\n")[:10])])
 
@@ -718,8 +706,7 @@ def train(config: TrainConfig, given: dict[str, Any] | None = None) -> int:
 
     if val_split:
         sets = open_evaluation(config, val_split, meta["tokenizer"], model.config.block_size)
-        score = partial(score_rows, model, process, autocast, stopped)
-        measure = partial(evaluate, model, sets, score)
+        measure = partial(evaluate, sets, partial(score_rows, model, process, autocast, stopped))
     shard_sums = check_shards(data, [split, val_split or split], process, stops, trainer.shards if resuming else None)
     if config.eval_only:
         with suppress(InterruptedError):  # by a damaged shard, which shard_sums names
@@ -762,9 +749,9 @@ def train(config: TrainConfig, given: dict[str, Any] | None = None) -> int:
     say(f"{tokens:,} training tokens; {config.steps:,} updates x {n:,} = {config.steps * n / tokens:,.2f} epochs")
     passes = n // (size * T * process.world_size)
     say(f"each update: {passes} accumulation steps x {process.world_size} ranks x {size} sequences x {T} tokens")
-    peak = gpt.peak_flops(torch.cuda.get_device_name(), dtype) if device.type == "cuda" else None
-    if peak:  # in tokens per second
-        peak *= process.world_size / gpt.flops_per_token(replace(shape, block_size=T))
+    peaks = gpt.PEAK_TFLOPS.get(torch.cuda.get_device_name()) if device.type == "cuda" else None
+    flops = gpt.flops_per_token(replace(shape, block_size=T)) / process.world_size
+    peak = peaks[dtype == torch.float32] * 1e12 / flops if peaks else None  # in tokens per second
     steps_left = range(step + 1, config.steps + 1)
     batches = in_background(lambda step: load_batch(split, config, size, step, process), steps_left, 1, 1)
 
