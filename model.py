@@ -323,12 +323,8 @@ def save_model(model: GPT, directory: str | Path, tokenizer: str = "gpt2") -> No
     described = GPT2_SETTINGS | {
         "architectures": ["GPT2LMHeadModel"],
         "tokenizer": tokenizer,
-        "n_positions": config.block_size,
-        "n_ctx": config.block_size,  # for llama.cpp
-        "vocab_size": config.vocab_size,
-        "n_layer": config.n_layer,
-        "n_head": config.n_head,
-        "n_embd": config.n_embd,
+        **dict.fromkeys(("n_positions", "n_ctx"), config.block_size),  # the second is for llama.cpp
+        **{name: getattr(config, name) for name in ("vocab_size", "n_layer", "n_head", "n_embd")},
         **dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), config.dropout),
         **dict.fromkeys(("bos_token_id", "eos_token_id"), config.vocab_size - 1),  # <|endoftext|>, the last token
     }
