@@ -14,6 +14,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -109,18 +110,13 @@ class Block(nn.Module):
         return x + self.mlp(self.ln_2(x))
 
 
-# A micro-batch's logits would be the largest thing in memory; by rows, those of only 512 tokens exist at once.
 LOSS_BY_ROWS = nn.LinearCrossEntropyOptions(chunking_method=None, batch_chunk_size=512)
 
 
 class GPT(nn.Module):
-    """
-    GPT-2: `model(tokens)` gives logits, `model(tokens, targets)` the mean loss alone.
-
-    One matrix, `transformer.wte.weight`, is both the token embedding and the output projection. It has a multiple of
-    128 rows, since matrix products of odd sizes are slow on GPUs; the rows past `vocab_size` take no part in
-    the softmax and are neither saved nor counted.
-    """
+    """`model(tokens)` gives logits, `model(tokens, targets)` the mean loss alone. One matrix, `transformer.wte.weight`,
+    is both the token embedding and the output projection. It has a multiple of 128 rows, since GPUs multiply odd sizes
+    slowly; the rows past `vocab_size` take no part in the softmax, have no gradient, and are not saved or counted."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
@@ -133,8 +129,6 @@ class GPT(nn.Module):
         self.transformer["h"] = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.transformer["ln_f"] = nn.LayerNorm(config.n_embd, eps=LAYER_NORM_EPS)
         self.apply(self._init_weights)
-        with torch.no_grad():
-            self.transformer.wte.weight[config.vocab_size :] = 0  # the padding rows get no gradient and stay 0
 
     def _init_weights(self, module: nn.Module) -> None:
         """Normal(0, 0.02). Each block adds two projections to the residual stream; those are scaled by
@@ -151,12 +145,9 @@ class GPT(nn.Module):
     def hidden(
         self, tokens: Tensor, cache: KVCache | None = None, positions: Tensor | None = None, mask: Tensor | None = None
     ) -> Tensor:
-        """
-        (B, T) tokens to (B, T, C), after the final LayerNorm. Raises ValueError when T exceeds block_size.
-
-        With a `cache`, keys and values are written at `positions` (T,), int64, and a token attends to the entries where
-        `mask` (T, cache length) is true; without a mask, T is the length of the cache (prefill) or 1 (decode).
-        """
+        """(B, T) tokens to (B, T, C), after the final LayerNorm. Raises ValueError when T exceeds block_size. With a
+        `cache`, keys and values are written at `positions` (T,), int64, and a token attends to the entries where `mask`
+        (T, cache length) is true; without a mask, T is the length of the cache (prefill) or 1 (decode)."""
         T, block_size = tokens.size(1), self.config.block_size
         if block_size < T:
             raise ValueError(f"{T} tokens are more than the model's context of {block_size}")
@@ -179,26 +170,25 @@ class GPT(nn.Module):
         weight, device = self.transformer.wte.weight, x.device.type
         bias = torch.zeros(len(weight), device=x.device)
         bias[self.config.vocab_size :] = -math.inf  # keeps the padding rows out of the softmax
-        # Computing by rows pays only in eager float32 on a CPU. Compiled, the plain form is fused and just as fast; in
-        # half precision, computing by rows would round the loss itself.
+        # A micro-batch's logits would be the largest tensor of all; by rows, only 512 tokens' logits exist at a time.
+        # Compiled, the plain form is fused and as good; in half precision, rows would round the loss itself.
         plain = device != "cpu" or torch.compiler.is_compiling() or torch.is_autocast_enabled(device)
         options = None if plain else LOSS_BY_ROWS
         return F.linear_cross_entropy(
             x.flatten(0, 1), weight, targets.flatten(), linear_bias=bias, ignore_index=-1, options=options
         )
 
-    def score(self, tokens: Tensor, indices: Tensor, targets: Tensor) -> Tensor:
-        """
-        Score next-token predictions. `indices` (N,) are flat indices into the (B, T) tokens, `targets` (N,) int64 the
-        tokens that follow. Returns (2, N) float32: the loss in nats, and 1 where the target is the most likely token.
-        """
-        x, vocab_size = self.hidden(tokens).flatten(0, 1)[indices], self.config.vocab_size
-        weight = self.transformer.wte.weight
+    def score(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        """(B, T) tokens and int64 targets (-1: not scored) -> (2, B) float32: per row, the summed loss in nats and how
+        many of the targets were the most likely token."""
+        scored, weight, vocab_size = targets >= 0, self.transformer.wte.weight, self.config.vocab_size
         # Subtracting the mean does not change the softmax, and smaller logits lose less in bfloat16.
-        weight = weight - weight[:vocab_size].mean(dim=0)
-        logits = F.linear(x, weight)[:, :vocab_size].float()
-        losses = F.cross_entropy(logits, targets, reduction="none")
-        return torch.stack((losses, (logits.argmax(dim=1) == targets).float()))
+        logits = F.linear(self.hidden(tokens)[scored], weight - weight[:vocab_size].mean(dim=0))
+        logits = logits[:, :vocab_size].float()  # (targets scored, vocab_size)
+        scores = torch.zeros(2, *targets.shape, device=tokens.device)
+        scores[0, scored] = F.cross_entropy(logits, targets[scored], reduction="none")
+        scores[1, scored] = (logits.argmax(dim=1) == targets[scored]).float()
+        return scores.sum(dim=2)
 
 
 @torch.no_grad()
@@ -210,6 +200,17 @@ def center_logits(model: GPT) -> GPT:
     token[: model.config.vocab_size] -= mean
     position += mean
     return model
+
+
+@contextmanager
+def evaluation_mode(model: GPT) -> Iterator[None]:
+    """Evaluation mode, without gradients, and without cuDNN's attention, which re-plans for every shape."""
+    model.eval()
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    with torch.no_grad():
+        yield
+    model.train()
+    torch.backends.cuda.enable_cudnn_sdp(True)
 
 
 def parameter_count(model: GPT) -> int:
@@ -259,17 +260,17 @@ def choose_device(name: str) -> torch.device:
 def choose_dtype(name: str, device: torch.device, training: bool = False) -> torch.dtype:
     """One of DTYPES for matrix products. "auto" is bfloat16 on CUDA (float16 on cards too old for it) and, in training,
     on x86 CPUs with instructions for it; else float32. Raises ValueError for float16 anywhere but on CUDA."""
-    if name == "auto" and device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-    if name == "auto" and device.type == "cpu" and training:
-        features = torch.cpu.get_capabilities()
-        return torch.bfloat16 if features.get("avx512_bf16") or features.get("amx_bf16") else torch.float32
     if name == "float16" and device.type != "cuda":
         raise ValueError("--dtype float16 needs a CUDA device; choose float32 or bfloat16")
-    return torch.float32 if name == "auto" else getattr(torch, name)
+    if name != "auto":
+        return getattr(torch, name)
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    features = torch.cpu.get_capabilities() if training and device.type == "cpu" else {}
+    return torch.bfloat16 if features.get("avx512_bf16") or features.get("amx_bf16") else torch.float32
 
 
-# TFLOP/s of cards by CUDA's names for them, from the data sheets: in bfloat16 and float16 (dense), and in float32
+# Peak TFLOP/s by CUDA's name for the card, from the data sheets: bfloat16 and float16 (dense), float32
 PEAK_TFLOPS = {
     "NVIDIA A100-SXM4-40GB": (312, 19.5), "NVIDIA A100-SXM4-80GB": (312, 19.5), "NVIDIA A100-PCIE-40GB": (312, 19.5),
     "NVIDIA H100 80GB HBM3": (989, 67), "NVIDIA H100 PCIe": (756, 51), "NVIDIA H200": (989, 67),
@@ -280,7 +281,7 @@ PEAK_TFLOPS = {
 # A model is a directory
 
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")  # (in, out) in files
-# What a config.json may say besides the sizes. Any other value would mean a different computation from GPT-2's.
+# What a config.json may say besides the sizes. Any other value would mean a computation other than GPT-2's.
 GPT2_SETTINGS = {
     "model_type": "gpt2",
     "activation_function": "gelu_new",
@@ -295,12 +296,12 @@ GPT2_SETTINGS = {
 
 def checkpoints(out: Path) -> list[Path]:
     """The checkpoints of a run, `step_NNNNNN`, oldest first."""
-    found = [path for path in out.glob("step_*") if path.name[5:].isdecimal()]  # one that ends in .tmp is not whole
+    found = [path for path in out.glob("step_*") if path.name[5:].isdecimal()]  # one ending in .tmp is incomplete
     return sorted(found, key=lambda path: int(path.name[5:]))
 
 
 def newest_checkpoint(out: Path, intact: Callable[[Path], bool]) -> Path | None:
-    """The newest checkpoint of a run that is `intact`; None if there is none."""
+    """A run's newest `intact` checkpoint, or None."""
     return next(filter(intact, reversed(checkpoints(out))), None)
 
 
@@ -336,12 +337,12 @@ def save_model(model: GPT, directory: str | Path, tokenizer: str = "gpt2") -> No
 
 def read_config(directory: str | Path) -> tuple[GPTConfig, str]:
     """The shape of the model in a directory, and the name of its tokenizer ("gpt2" where the file does not say). Raises
-    ValueError when config.json is damaged or asks for another computation than GPT-2's."""
+    ValueError when config.json is damaged or asks for a computation other than GPT-2's."""
     path = Path(directory) / "config.json"
     try:
         settings = {"model_type": None} | json.loads(path.read_text(encoding="utf-8"))
         sizes = [settings[name] for name in ("n_positions", "vocab_size", "n_layer", "n_head", "n_embd")]
-        if not all(type(size) is int and 1 <= size < 2**24 for size in sizes):
+        if not all(type(size) is int and 1 <= size < 2**24 for size in sizes) or settings["n_layer"] > 1000:
             raise ValueError(f"its sizes are {sizes}")
         config = GPTConfig(*sizes)  # the same five, in this order
     except (ValueError, KeyError, TypeError, RecursionError) as error:
@@ -354,28 +355,25 @@ def read_config(directory: str | Path) -> tuple[GPTConfig, str]:
 
 def load_model(directory: str | Path, dropout: float = 0.0) -> GPT:
     """The model in a directory of the hub's layout, in float32 on the CPU and in eval mode. Raises FileNotFoundError
-    when there is none, ValueError when what is there is not a whole GPT-2."""
+    when there is none, ValueError when the files are damaged or not a GPT-2's."""
     path, state = Path(directory) / "model.safetensors", {}
     config, _ = read_config(directory)
     try:
         for key, tensor in load_file(path).items():
             if key.endswith((".attn.bias", ".attn.masked_bias", "lm_head.weight")):
-                continue  # the mask, and the shared matrix once more
+                continue  # the attention mask, and a second copy of the shared matrix
             name = "transformer." + key.removeprefix("transformer.")  # the hub's gpt2 has no prefix
             if name in state or not tensor.is_floating_point() or not (values := tensor.float()).isfinite().all():
                 raise ValueError(f"{key} must occur exactly once and hold only finite floating-point numbers")
+            if name == "transformer.wte.weight":
+                values = F.pad(values, (0, 0, 0, -config.vocab_size % 128))
             state[name] = (values.t() if name.endswith(TRANSPOSED) else values).contiguous()
-        if config.n_layer > len(state):
-            raise ValueError(f"it has fewer than {config.n_layer} layers")
         with torch.device("meta"):  # skips an initialization that the file would overwrite
             model = GPT(replace(config, dropout=dropout))
-        if (embedding := state.get("transformer.wte.weight")) is not None:
-            padding = model.transformer.wte.num_embeddings - config.vocab_size
-            state["transformer.wte.weight"] = F.pad(embedding, (0, 0, 0, padding))
         model.load_state_dict(state, assign=True)
     except (SafetensorError, RuntimeError, ValueError) as error:
         problem = " ".join(str(error).split())[:300]  # PyTorch may list every tensor
-        raise ValueError(f"{path} is damaged, or does not fit config.json: {problem}") from error
+        raise ValueError(f"{path} is damaged, or does not match config.json: {problem}") from error
     return model.requires_grad_(True).eval()
 
 
@@ -399,12 +397,9 @@ def probabilities(logits: Tensor, temperature: float, top_k: int | None, top_p: 
     logits, vocab_size = logits.float() / temperature, logits.size(-1)
     logits, tokens = logits.topk(min(top_k or vocab_size, vocab_size))  # the most likely first
     probs = logits.softmax(dim=-1)
-    if top_p is not None:
-        # The probability of each token and all less likely ones, summed from the smallest up, which loses the least.
-        tail = probs.flip(-1).cumsum(dim=-1).flip(-1)
-        cut = tail <= 1 - top_p
-        cut[:, 0] = False  # the most likely token always stays
-        probs = probs.masked_fill(cut, 0.0)
+    if top_p is not None and top_p < 1:
+        before = probs.cumsum(dim=-1) - probs  # the probability of all more likely tokens
+        probs = probs.masked_fill(before >= top_p, 0.0)
         probs = probs / probs.sum(dim=-1, keepdim=True)
     return probs, tokens
 
@@ -438,13 +433,10 @@ def generate(
     stop_token: int | None = None,
     compiled: bool = False,
 ) -> Iterator[Tensor]:
-    """
-    Continue prompts of equal length: from (B, T) tokens, yield the next (B,) int64 up to `max_new_tokens` times.
-
+    """Continue prompts of equal length: from (B, T) tokens, yield the next (B,) int64 up to `max_new_tokens` times.
     When the context is full, its second half becomes the new context. A row that has drawn `stop_token` repeats it, and
     generation ends when every row has. `generator` must be on the model's device; `compiled` compiles the decoding
-    step. The model should be in eval mode. Raises ValueError for an empty prompt, or one longer than the context.
-    """
+    step. The model should be in eval mode. Raises ValueError for an empty prompt, or one longer than the context."""
     config, weight = model.config, model.transformer.wte.weight
     if not 1 <= tokens.size(1) <= config.block_size:
         raise ValueError(f"a prompt must have 1 to {config.block_size} tokens (the context), not {tokens.size(1)}")

@@ -5,11 +5,10 @@ Download text and turn it into token shards in `data/NAME`; also fetch evaluatio
     python prepare_data.py --source demo                      # Python's own manual, without network: data/demo
     python prepare_data.py --input corpus.jsonl --out data/mine
 
-The corpus is one stream of tokens, each document preceded by an `<|endoftext|>`: the first --val-tokens of it are for
-validation, the rest for training, both cut into shards `val_000000.bin`, `train_000000.bin`, ... A shard is llm.c's:
-256 int32 of header (20240520, 1, the number of tokens, zeros), then uint16 tokens, all little endian. `meta.json` says
-what each split contains, and how far the shards reach, so that the same command continues an interrupted preparation
-and writes identical bytes. `SHA256SUMS` covers the shards, and meta.json once the directory is complete.
+The corpus is one stream of tokens, each document preceded by <|endoftext|>: the first --val-tokens for validation, the
+rest for training, both cut into shards `val_000000.bin`, `train_000000.bin`, ... A shard is llm.c's: 256 int32 as its
+header (20240520, 1, the number of tokens, zeros), then uint16 tokens, little endian. `meta.json` says what each split
+contains and how far the shards reach; `SHA256SUMS` covers the shards, and meta.json once the directory is complete.
 """
 
 import argparse
@@ -66,7 +65,9 @@ def get_tokenizer(name: str, thread: int = 0) -> tiktoken.Encoding:
         pattern, ranks, special = r"(?s:.{1,512})", {bytes([i]): i for i in range(256)}, {"<|endoftext|>": 256}
     else:
         status("loading GPT-2's tokenizer")
-        with fetching("GPT-2's tokenizer", "connect to the Internet, or set TIKTOKEN_CACHE_DIR to a cache that has it"):
+        with fetching(
+            "GPT-2's tokenizer", "connect to the Internet, or set TIKTOKEN_CACHE_DIR to a cache that contains it"
+        ):
             published = begin(tiktoken.get_encoding, name).result(timeout=120)  # tiktoken has no timeout of its own
         pattern, ranks, special = GPT2_PATTERN, published._mergeable_ranks, published._special_tokens
     return tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
@@ -90,12 +91,8 @@ def read_parquet(path: Path) -> Iterator[Any]:
     """The column "text" of a Parquet file."""
     import pyarrow.parquet  # imported only where it is needed
 
-    file = pyarrow.parquet.ParquetFile(path)
-    for i in range(file.num_row_groups):
-        size = file.metadata.row_group(i).total_byte_size  # uncompressed; no row is larger
-        rows = min(256, max(1, MOST_BYTES // max(1, size)))
-        for batch in file.iter_batches(rows, row_groups=[i], columns=["text"]):
-            yield from batch["text"].to_pylist()
+    for batch in pyarrow.parquet.ParquetFile(path).iter_batches(16, columns=["text"]):
+        yield from batch["text"].to_pylist()
 
 
 def read_texts(path: Path) -> Iterator[str]:
@@ -141,18 +138,14 @@ def read_batches(path: Path) -> Iterator[list[str]]:
 
 
 def tokenize(texts: list[str], tokenizer: tiktoken.Encoding) -> np.ndarray:
-    """
-    The tokens of documents, (n,) uint16, each preceded by <|endoftext|>; within a document that is ordinary text.
+    """The tokens of documents, (n,) uint16, each preceded by <|endoftext|>; within a document that is ordinary text.
     tiktoken's regular expression overflows its stack on a few hundred thousand spaces in a row, so long texts are cut
-    before the last character of each long run. GPT-2's pattern splits there anyway: the tokens stay the same.
-    """
+    before the last character of each long run. GPT-2's pattern splits there anyway: the tokens stay the same."""
     space = r"[^\S\x1c-\x1f]"  # \x1c to \x1f are white space for Python, and not for Rust
-    run = rf"(?<!{space}){space}{{1000,}}"
+    run = rf"(?<!{space}){space}{{1000,}}+(?=.)"  # but not at the end of a text
     pieces = [[]]
     for text in texts:
-        cuts = [match.end() - 1 for match in re.finditer(run, text)] if len(text) > 100_000 else []
-        if cuts and cuts[-1] + 1 == len(text):  # white space at the end of a text is one match anyway
-            cuts.pop()
+        cuts = [match.end() - 1 for match in re.finditer(run, text, re.DOTALL)] if len(text) > 100_000 else []
         pieces.append([tokenizer.eot_token])
         for start, end in itertools.pairwise([0, *cuts, len(text)]):
             pieces.append(tokenizer.encode_to_numpy(text[start:end], disallowed_special=()))
@@ -172,28 +165,26 @@ class RawFile(NamedTuple):
 
 
 def hub_address() -> str:
-    address = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
-    if "@" in address:
-        raise ValueError("HF_ENDPOINT must not contain a password; set HF_TOKEN")
-    return address
+    return os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
 
 
 def get(url: str, first: int = 0) -> requests.Response:
-    """Request a page, or a file from byte `first` on. HF_TOKEN goes to the hub alone. Raises ValueError for a token
-    that cannot be one, and requests.RequestException."""
+    """Request a page, or a file from byte `first` on, with HF_TOKEN for the hub alone. Raises RequestException."""
     on_status = {"status_forcelist": (408, 429, 500, 502, 503, 504), "raise_on_status": False}
     retries = Retry(8, connect=2, read=2, backoff_factor=1, backoff_max=60, retry_after_max=60, **on_status)
-    session, token = requests.Session(), os.environ.get("HF_TOKEN", "").strip()
+    session = requests.Session()
     session.mount("http://", HTTPAdapter(max_retries=retries))
     session.mount("https://", HTTPAdapter(max_retries=retries))
     session.auth = lambda request: request  # or requests would replace the token with .netrc's
     headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={first}-"} if first else {})
+    token = os.environ.get("HF_TOKEN", "").strip()
     if token and url.startswith(hub_address() + "/"):
-        if not (token.isascii() and token.isprintable()) or " " in token:
+        if not re.fullmatch("[!-~]+", token):
             raise ValueError("HF_TOKEN contains characters that no token has; copy it again")
         headers["Authorization"] = f"Bearer {token}"
     response = session.get(url, headers=headers, stream=True, timeout=(10, 30))
-    response.raise_for_status()
+    if response.status_code not in (200, 206):
+        raise requests.HTTPError(response=response)
     return response
 
 
@@ -206,7 +197,7 @@ def fetching(name: str, advice: str = "run the same command again to continue") 
         code = error.response.status_code if isinstance(error, requests.HTTPError) else 0
         if code in (401, 403):
             advice = "set HF_TOKEN to a token with access"
-        elif 400 <= code < 500 and code not in (408, 416, 429):
+        elif 400 <= code < 500 and code not in (408, 429):
             advice = "check --subset and HF_ENDPOINT, if you set them"
         problem = f"the server answered {code}" if code else type(error).__name__
         raise OSError(f"{name} could not be fetched: {problem}; {advice}") from error
@@ -214,27 +205,19 @@ def fetching(name: str, advice: str = "run the same command again to continue") 
 
 def list_hub(repository: str, folder: str = "") -> list[RawFile]:
     """List a folder of `datasets/OWNER/NAME` or `models/OWNER/NAME` on the hub. Raises OSError or ValueError."""
-    hub, name, files = hub_address(), f"list of {repository}{folder}", []
-    base = f"{hub}/{repository.removeprefix('models/')}/resolve/main"
-
-    def fetch_pages(url: str | None) -> list[bytes]:
-        pages = []
-        while url:
-            if len(pages) == 100:
-                raise OSError(f"the {name} never ends; does HF_ENDPOINT point to a hub?")
-            with get(url) as response:
-                pages.append(response.raw.read(1 << 22))
-                url = response.links.get("next", {}).get("url")
-        return pages
-
+    name, pages, files = f"list of {repository}{folder}", [], []
+    url = f"{hub_address()}/api/{repository}/tree/main{folder}"
+    base = f"{hub_address()}/{repository.removeprefix('models/')}/resolve/main"
     status(f"fetching the {name}")
-    with fetching(f"the {name}"):
-        pages = begin(fetch_pages, f"{hub}/api/{repository}/tree/main{folder}").result(timeout=300)
+    while url:
+        if len(pages) == 100:
+            raise OSError(f"the {name} never ends; does HF_ENDPOINT point to a hub?")
+        with fetching(f"the {name}"), get(url) as response:
+            pages.append(begin(response.raw.read, 1 << 22).result(timeout=60))
+            url = response.links.get("next", {}).get("url")
     with reading(name):
         for entry in itertools.chain(*map(json.loads, pages)):
             path, sha256 = str(entry["path"]), str((entry.get("lfs") or {}).get("oid", ""))
-            if not path.isprintable():
-                raise ValueError(f"it lists a name with control characters: {path!r}")
             files.append(RawFile(path, int(entry["size"]), sha256, f"{base}/{path}"))
     return sorted(set(files))
 
@@ -244,8 +227,6 @@ def receive(file: RawFile, out: IO[bytes]) -> None:
     with get(file.url, out.tell()) as response:
         if response.status_code != 206:
             out.truncate(0)
-        elif not response.headers.get("Content-Range", "").startswith(f"bytes {out.tell()}-"):
-            raise requests.ConnectionError("the server sent a different range from the one requested")
         while (have := out.seek(0, os.SEEK_END)) < file.size and (piece := response.raw.read1(1 << 20)):
             out.write(piece)  # whatever has arrived
             status(f"fetching {file.name}: {have / 1e6:,.0f} of {file.size / 1e6:,.0f} MB")
@@ -262,9 +243,8 @@ def download(file: RawFile, path: Path) -> Path:
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
-    if part.is_symlink():
-        part.unlink()
-    with fetching(file.name), open(part, "ab") as out:
+    descriptor = os.open(part, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+    with fetching(file.name), open(descriptor, "ab") as out:
         furthest, failures = out.tell(), 0
         while out.tell() < file.size:
             try:
@@ -272,8 +252,6 @@ def download(file: RawFile, path: Path) -> Path:
             except (requests.RequestException, HTTPError) as error:
                 failures = 0 if out.tell() > furthest else failures + 1
                 furthest = max(furthest, out.tell())
-                if isinstance(error, requests.HTTPError) and error.response.status_code == 416:
-                    out.truncate(0)  # what we have is not the start of the server's file
                 if failures == 8 or isinstance(error, requests.HTTPError):  # the server refuses
                     raise
                 status(f"fetching {file.name}: {type(error).__name__}; trying again")
@@ -286,8 +264,8 @@ def download(file: RawFile, path: Path) -> Path:
 
 
 def model_directory(name_or_dir: str | Path) -> Path:
-    """The directory of a model, given by path or by OpenAI's name; a name is fetched at its first use, by one process
-    for all. Raises FileNotFoundError if there is no such model, ValueError if it is damaged, OSError if not fetched."""
+    """The directory of a model, given by path or by OpenAI's name; a name is fetched on first use, by one process for
+    all. Raises FileNotFoundError if there is no such model, ValueError if damaged, OSError if not fetched."""
     directory = Path(name_or_dir)
     if all((directory / name).exists() for name in MODEL_FILES):
         if any((directory / name).exists() for name in ("SHA256SUMS", "trainer.pt")):  # a checkpoint has checksums
@@ -300,7 +278,6 @@ def model_directory(name_or_dir: str | Path) -> Path:
     with suppress(OSError, ValueError):
         check_checksums(directory, MODEL_FILES)
         return directory
-    status(f"waiting for {directory}")
     with locked(directory, wait=True):  # download() skips what another process has fetched meanwhile
         files = {file.name: file for file in list_hub(f"models/openai-community/{name_or_dir}")}
         if not files.keys() >= set(MODEL_FILES):
@@ -315,23 +292,18 @@ def tokenize_in_order(
     files: list[RawFile], paths: list[Path], place: list[int], tokenizer: str, workers: int
 ) -> Iterator[tuple[list[int], np.ndarray]]:
     """Yield (place, tokens) for each batch of documents, in order, from `place` = [file, batch] on. Threads tokenize
-    ahead (tiktoken works outside of Python's lock) while one downloads the next file, to its path."""
+    ahead (tiktoken releases the GIL) while one downloads the next file, to its path."""
 
     def fetch(index: int) -> Future | None:
         return begin(download, files[index], paths[index]) if index < len(files) else None
 
-    def batches() -> Iterator[tuple[list[int], Any]]:
-        try:
-            ahead = fetch(place[0])
-            for index in range(place[0], len(files)):
-                path, ahead = ahead.result(), fetch(index + 1)
-                yield from (([index, i], texts) for i, texts in enumerate(read_batches(path)) if [index, i] >= place)
-        except Exception as error:  # to be raised in its turn, after the results of earlier batches
-            yield place, error
+    def batches() -> Iterator[tuple[list[int], list[str]]]:
+        ahead = fetch(place[0])
+        for index in range(place[0], len(files)):
+            path, ahead = ahead.result(), fetch(index + 1)
+            yield from (([index, i], texts) for i, texts in enumerate(read_batches(path)) if [index, i] >= place)
 
-    def tokenize_batch(batch: tuple[list[int], Any]) -> tuple[list[int], np.ndarray]:
-        if isinstance(batch[1], Exception):
-            raise batch[1]
+    def tokenize_batch(batch: tuple[list[int], list[str]]) -> tuple[list[int], np.ndarray]:
         return batch[0], tokenize(batch[1], get_tokenizer(tokenizer, threading.get_ident()))
 
     yield from in_background(tokenize_batch, batches(), workers, 2 * workers)
@@ -346,17 +318,16 @@ def read_header(path: Path) -> int:
         raise ValueError(f"{path} is missing, or not a regular file")
     with open(path, "rb") as file:
         magic, version, tokens = np.frombuffer(file.read(12).ljust(12, b"\0"), dtype="<i4").tolist()
-    if (magic, version) != (SHARD_MAGIC, SHARD_VERSION):
-        raise ValueError(f"{path} is not a token shard (its header is not that of llm.c's version {SHARD_VERSION})")
     size = path.stat().st_size
-    if tokens < 1 or size != HEADER_BYTES + 2 * tokens:
-        raise ValueError(f"{path} is damaged or empty: {tokens:,} tokens by its header, {size:,} bytes in all")
+    if (magic, version) != (SHARD_MAGIC, SHARD_VERSION) or tokens < 1 or size != HEADER_BYTES + 2 * tokens:
+        raise ValueError(
+            f"{path} is damaged, empty, or no token shard: {tokens:,} tokens by its header, {size:,} bytes"
+        )
     return tokens
 
 
 class Split(NamedTuple):
-    """A split's shards, cut into sequences of T + 1 tokens; consecutive sequences share one. Leftover tokens at a
-    shard's end are not used."""
+    """A split's shards, cut into sequences of T + 1 tokens, of which neighbors share one; what is left is not used."""
 
     paths: list[Path]
     tokens: list[int]  # in each shard
@@ -371,38 +342,32 @@ class Split(NamedTuple):
 
 def read_meta(directory: Path) -> dict:
     """A data directory's meta.json, with at least "tokenizer" and "vocab_size". Shards without one are taken to be
-    another program's, with GPT-2's tokens. Raises FileNotFoundError, or ValueError for incomplete or damaged data."""
+    another program's, with GPT-2's tokens. Raises ValueError for incomplete or damaged data."""
     path = directory / "meta.json"
-    if not directory.is_dir():
-        source = f"--source {directory.name}" if directory.name in SOURCES else "--input YOUR_TEXT"
-        command = f"python prepare_data.py {source} --out={shlex.quote(str(directory))}"
-        raise FileNotFoundError(f"{directory} does not exist; create it with: {command}")
-    if not path.exists():
+    listed = path.name in read_checksums(directory)  # only once the directory is complete
+    if not listed and not path.exists():
         return {"tokenizer": "gpt2", "vocab_size": VOCAB_SIZES["gpt2"]}
-    if path.name not in read_checksums(directory):  # which lists it only once the directory is complete
-        older = f"(cd {shlex.quote(str(directory))} && sha256sum meta.json *.bin > SHA256SUMS)"
-        advice = f"run the same prepare_data.py command again; or, if an older version finished it, {older}"
-        raise ValueError(f"{directory} is incomplete; {advice}")
+    if not listed:
+        older = "or, if an older version has finished it, sha256sum meta.json *.bin > SHA256SUMS there"
+        raise ValueError(f"{directory} is incomplete; run the same prepare_data.py command again, {older}")
     check_checksums(directory, [path.name])
     meta = read_object(path.read_bytes(), path)
-    tokenizer = meta.get("tokenizer")
-    if not isinstance(tokenizer, str) or VOCAB_SIZES.get(tokenizer, 0) != meta.get("vocab_size"):
-        raise ValueError(f"{path} is damaged: its tokenizer and vocab_size do not match")
-    return meta | {"vocab_size": VOCAB_SIZES[tokenizer]}
+    with reading(path):
+        return meta | {"vocab_size": VOCAB_SIZES[meta["tokenizer"]]}
 
 
 def open_split(directory: Path, name: str, sequence_length: int) -> Split:
-    """Read the headers of a split's shards, those that SHA256SUMS lists, or `*name_*.bin`, or llm.c's `*_name.bin`; the
-    split is "train" or "val". Raises FileNotFoundError or ValueError."""
-    listed = [directory / file for file in sorted(read_checksums(directory)) if file.startswith(f"{name}_")]
-    paths = listed or sorted(directory.glob(f"*{name}_*.bin")) or sorted(directory.glob(f"*_{name}.bin"))
-    if not paths:
-        raise FileNotFoundError(f"{directory} has no {name}_*.bin; run prepare_data.py, or choose another --data")
+    """Read the headers of a split's shards, `*name_*.bin` or llm.c's `*_name.bin`; the split is "train" or "val".
+    Raises ValueError."""
+    paths = sorted(directory.glob(f"*{name}_*.bin")) or sorted(directory.glob(f"*_{name}.bin"))
+    listed, found = read_checksums(directory), {path.name for path in paths}
+    if listed and (odd := found - listed.keys() | {file for file in listed if file.startswith(f"{name}_")} - found):
+        raise ValueError(f"{directory / min(odd)} is missing, or not in SHA256SUMS; prepare the data again elsewhere")
     tokens = [read_header(path) for path in paths]
     first = np.cumsum([0] + [(count - 1) // sequence_length for count in tokens], dtype=np.int64)
     if first[-1] == 0:
-        kind = {"val": "validation", "train": "training"}[name]
-        raise ValueError(f"{directory} has too little {kind} data; prepare more, or use a shorter --sequence-length")
+        advice = "run prepare_data.py, choose another --data, or use a shorter --sequence-length"
+        raise ValueError(f"{directory} has no {name} shards, or too few tokens in them; {advice}")
     return Split(paths, tokens, first, sequence_length, read_meta(directory)["vocab_size"])
 
 
@@ -442,10 +407,8 @@ SOURCES = (*HUB_DATASETS, "shakespeare", "demo", *EVALUATION_SETS)
 
 def local_file(path: Path) -> RawFile:
     """A file of the user's. Raises FileNotFoundError or ValueError for one that cannot be read as text."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is not a file; for a directory, pass its files: --input DIRECTORY/*")
-    if not path.name.lower().endswith(FORMATS):
-        raise ValueError(f"{path}: unknown format; use {', '.join(FORMATS)}")
+    if not path.is_file() or not path.name.lower().endswith(FORMATS):
+        raise FileNotFoundError(f"{path} is not a file of a known format ({', '.join(FORMATS)})")
     return RawFile(str(path), path.stat().st_size, sha256_of(path))
 
 
@@ -462,7 +425,7 @@ def list_corpus(settings: dict) -> list[RawFile]:
 
 
 def next_shard(meta: dict) -> tuple[str, int]:
-    """The split that the next token belongs to, and how many tokens its next shard may hold: 0 after max_tokens."""
+    """The split that the next token belongs to, and how many tokens its next shard may hold, 0 at max_tokens."""
     val, train, size = meta["val"]["tokens"], meta["train"]["tokens"], meta["shard_tokens"]
     if val < meta["val_tokens"]:
         return "val", min(size, meta["val_tokens"] - val)
@@ -482,55 +445,42 @@ def add_shard(out: Path, meta: dict, pieces: list[np.ndarray], split: str, posit
     meta["position"] = position
     meta[split] = {name: before[name] + count for name, count in zip(COUNTS, new, strict=True)}
     add_checksums(out, [path.name])
-    write_meta(out, meta)
+    write_atomically(out / "meta.json", [json.dumps(meta, indent=2).encode() + b"\n"])
     say(f"{path}: {total:,} tokens")
 
 
-def write_meta(out: Path, meta: dict) -> None:
-    write_atomically(out / "meta.json", [json.dumps(meta, indent=2).encode() + b"\n"])
-
-
-def read_progress(out: Path) -> dict:
-    """The meta.json of an earlier run; {} if there is none. Raises ValueError when it is damaged."""
-    path = out / "meta.json"
-    if not path.exists():
-        return {}
-    check_checksums(out, read_checksums(out).keys() & {path.name})  # meta.json is listed once all is complete
-    meta = read_object(path.read_bytes(), path)
-    with reading(f"{path}, perhaps from another version,"):
-        for split in ("train", "val"):
-            meta[split] = {name: int(meta[split][name]) for name in COUNTS}
-        files = [RawFile(str(name), int(size), str(sha), str(url)) for name, size, sha, url in meta["files"]]
-        file, batch, token = map(int, meta["position"])
-        return meta | {"position": [file, batch, token], "files": files}
-
-
 def open_meta(settings: dict, files: list[RawFile], out: Path) -> dict:
-    """The meta.json of an earlier run with these settings, or a new one. Raises ValueError or FileExistsError if the
-    directory holds other shards."""
-    meta, start = read_progress(out), [0, 0, 0]
-    if meta and meta["position"] != start:
+    """The meta.json of an earlier run with these settings, or a new one. Raises ValueError or FileExistsError."""
+    path, start = out / "meta.json", [0, 0, 0]
+    if path.exists():
+        check_checksums(out, read_checksums(out).keys() & {path.name})  # listed once the directory is complete
+        meta = read_object(path.read_bytes(), path)
+        with reading(f"{path}, perhaps from another version,"):
+            for split in ("train", "val"):
+                meta[split] = {name: int(meta[split][name]) for name in COUNTS}
+            meta["files"] = [RawFile(str(n), int(size), str(sha), str(url)) for n, size, sha, url in meta["files"]]
+            meta["position"] = [int(meta["position"][i]) for i in range(3)]
         changed = [f"{name} was {meta.get(name)}, now {now}" for name, now in settings.items() if meta.get(name) != now]
-        if changed:
+        if meta["position"] != start and changed:
             raise ValueError(f"{out} was prepared with different settings: {'; '.join(changed)}; choose another --out")
-        return meta | settings
-    if not meta and any(out.glob("*.bin")):
+        if meta["position"] != start:
+            return meta | settings
+    elif any(out.glob("*.bin")):
         raise FileExistsError(f"{out} contains shards that this script did not write; choose another --out")
     meta = settings | {"vocab_size": VOCAB_SIZES[settings["tokenizer"]]}
     meta |= {split: dict.fromkeys(COUNTS, 0) for split in ("train", "val")}
     meta |= {"position": start, "files": files or list_corpus(settings)}  # kept, since the hub's listing may change
-    write_meta(out, meta)
+    write_atomically(out / "meta.json", [json.dumps(meta, indent=2).encode() + b"\n"])
     return meta
 
 
 def prepare(settings: dict, files: list[RawFile], out: Path, workers: int) -> dict:
     """Prepare `out` according to `settings`, or continue an earlier run; return the content of its meta.json."""
     get_tokenizer(settings["tokenizer"])  # fail now if it cannot be fetched
-    work = out / ".work"
-    meta = open_meta(settings, files, out)
+    work, meta = out / ".work", open_meta(settings, files, out)
     if "meta.json" in read_checksums(out):  # added last: the preparation is complete
         discard(work)
-        check_checksums(out, read_checksums(out))
+        check_checksums(out, [path.name for split in ("val", "train") for path in open_split(out, split, 1).paths])
         say(f"{out} is already prepared")
         return meta
     if work.is_symlink():
@@ -538,9 +488,9 @@ def prepare(settings: dict, files: list[RawFile], out: Path, workers: int) -> di
     files = files or meta["files"]
     paths = [work / f"{i:06d}-{Path(file.name).name}" for i, file in enumerate(files)]  # base names may repeat
     *start, skip = meta["position"]
-    pieces, (split, room), done, began = [], next_shard(meta), 0, time.monotonic()
+    pieces, (split, room), done, began = [], next_shard(meta), 0, time.time()
     for place, tokens in tokenize_in_order(files, paths, start, settings["tokenizer"], workers):
-        used = before = skip if place == start else 0
+        used = skip if place == start else 0
         while used < len(tokens) and room:
             pieces.append(tokens[used : used + room])
             used, room = used + len(pieces[-1]), room - len(pieces[-1])
@@ -549,17 +499,15 @@ def prepare(settings: dict, files: list[RawFile], out: Path, workers: int) -> di
                 pieces, (split, room) = [], next_shard(meta)
                 for path in paths[: place[0]]:  # all of whose tokens are in shards
                     path.unlink(missing_ok=True)
-        done += used - before
-        rate = done / (time.monotonic() - began)
-        status(f"file {place[0] + 1} of {len(files)}: {done / 1e6:,.1f}M tokens, {rate:,.0f} tokens/s")
+        done += len(tokens)
+        status(f"file {place[0] + 1} of {len(files)}: {done / 1e6:,.1f}M tokens, {done / (time.time() - began):,.0f}/s")
         if room == 0:
             break
     if pieces:
         add_shard(out, meta, pieces, split, [len(files), 0, 0])
     if meta["train"]["tokens"] == 0:
-        names, total = ", ".join(file.name for file in files), meta["val"]["tokens"]
-        advice = f"all {total:,} tokens went to validation; choose a smaller --val-tokens and another --out"
-        raise ValueError(f"there is no text to train on in {names}: {advice if total else 'it is empty'}")
+        advice = "choose a smaller --val-tokens and another --out"
+        raise ValueError(f"{out} has no tokens to train on: all {meta['val']['tokens']:,} are for validation; {advice}")
     if changed := [file.name for file in files if not file.url and sha256_of(Path(file.name)) != file.sha256]:
         raise ValueError(f"{changed[0]} changed while it was being read; prepare it again with another --out")
     add_checksums(out, ["meta.json"])
@@ -572,12 +520,8 @@ def prepare(settings: dict, files: list[RawFile], out: Path, workers: int) -> di
 
 @contextmanager
 def one_line_errors(script: str, memory_advice: str) -> Iterator[None]:
-    """Turn an error that the user can fix into one line on standard error, and exit status 1; Ctrl-C into status 130.
-    `memory_advice` says how to use less memory."""
-    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
-        if getattr(sys, name) is None:  # closed: the next file opened would get its descriptor
-            setattr(sys, name, open(os.devnull, mode))
-    with suppress(AttributeError):  # a test's replacement lacks it
+    """Turn an error that the user can fix into one line and exit status 1, and Ctrl-C into exit status 130."""
+    with suppress(AttributeError):  # a closed standard output, or a test's replacement
         sys.stdout.reconfigure(errors="replace")
     try:
         yield
@@ -672,26 +616,16 @@ def in_background(function: Callable, items: Iterable[Any], threads: int, ahead:
 def locked(directory: Path, wait: bool = False) -> Iterator[None]:
     """Hold the lock of a directory, created if need be, so that only one process writes to it. The lock ends with its
     process, however that ends. Raises BlockingIOError if another process holds it; with `wait`, waits for it."""
-    new = [path for path in (directory, *directory.parents) if not path.exists()]
     directory.mkdir(parents=True, exist_ok=True)
     with open(os.open(directory / ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-            if os.fstat(file.fileno()).st_nlink == 0:  # its holder has just removed it, below
-                raise BlockingIOError
         except BlockingIOError as error:
             holder = "another process (perhaps a worker left over from torchrun)"
             raise BlockingIOError(f"{directory} is in use by {holder}; wait, or choose another --out") from error
         except OSError as error:  # a network file system without locks
             say(f"warning: {directory} cannot be locked ({error}); make sure only one run writes to it", sys.stderr)
-        try:
-            yield
-        finally:
-            with suppress(OSError):
-                if new and not wait and os.listdir(directory) == [".lock"]:  # nothing came of it
-                    os.unlink(directory / ".lock")
-                    for path in new:
-                        path.rmdir()
+        yield
 
 
 def discard(path: Path) -> None:
@@ -747,7 +681,7 @@ def read_checksums(directory: Path) -> dict[str, str]:
     """The sha256 of each file that `SHA256SUMS` lists, by its name; {} without the file."""
     path = directory / "SHA256SUMS"
     lines = path.read_text(errors="replace").splitlines() if path.is_file() else []
-    return {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
+    return {name: digest for digest, _, name in (line.partition("  ") for line in lines) if name}
 
 
 def add_checksums(directory: Path, names: Iterable[str]) -> None:
@@ -760,11 +694,9 @@ def check_checksums(directory: Path, names: Iterable[str], sums: dict[str, str] 
     """The files' sha256, checked against `sums` ("" accepts any) or SHA256SUMS. Raises ValueError or OSError."""
     sums, found = read_checksums(directory) if sums is None else sums, {}
     for name in names:
-        if not (path := directory / name).is_file():
-            raise FileNotFoundError(f"{path} is missing")
-        found[name] = sha256_of(path)
+        found[name] = sha256_of(directory / name)
         if sums.get(name) not in ("", found[name]):
-            raise ValueError(f"{path} is damaged: its content does not match its checksum; restore or recreate it")
+            raise ValueError(f"{directory / name} is damaged: its sha256 does not match; restore or recreate it")
     return found
 
 
@@ -783,11 +715,11 @@ def is_intact(directory: Path, names: Iterable[str] = MODEL_FILES) -> bool:
 def prepare_source(source: str | None, args: argparse.Namespace) -> None:
     """Prepare one source in a directory of its own; None means the files of --input."""
     out = Path(args.out or f"data/{source or Path(args.input[0]).name.split('.')[0] or 'text'}")
+    files = [FILES[source]] if source == "shakespeare" else [local_file(Path(path)) for path in args.input or []]
     with locked(out):
         if source in EVALUATION_SETS:
             say(f"{source}: {download(FILES[source], out / FILES[source].name)}")
             return add_checksums(out, [FILES[source].name])
-        files = [FILES[source]] if source == "shakespeare" else [local_file(Path(path)) for path in args.input or []]
         if source == "demo":  # the topics of Python's own manual, which ships with CPython
             from pydoc_data.topics import topics
 
@@ -801,25 +733,22 @@ def prepare_source(source: str | None, args: argparse.Namespace) -> None:
             raise ValueError(f"--val-tokens {val_tokens:,} must be less than --max-tokens {most:,}")
         # Together, these determine every byte of the result.
         given = [[Path(file.name).name, file.size, file.sha256] for file in files] if args.input else source
-        subset = args.subset if source in HUB_DATASETS else None
-        settings = {"source": given, "subset": subset, "tokenizer": tokenizer, "shard_tokens": args.shard_tokens}
-        settings |= {"val_tokens": val_tokens, "max_tokens": args.max_tokens}
+        settings = {"source": given, "subset": args.subset if source in HUB_DATASETS else None, "tokenizer": tokenizer}
+        settings |= {"shard_tokens": args.shard_tokens, "val_tokens": val_tokens, "max_tokens": args.max_tokens}
         meta = prepare(settings, files, out, min(args.workers, os.cpu_count() or 1))
         discard(out / ".demo.jsonl")
-    for split in ("val", "train"):
-        say(f"{split}: {meta[split]['tokens']:,} tokens in {out}/{split}_*.bin")
+    say(f"{out}: {meta['train']['tokens']:,} tokens for training, {meta['val']['tokens']:,} for validation")
     preset = "demo" if source == "demo" else "book" if meta["train"]["tokens"] < 10**7 else "gpt2"
     say(f"train with: python train.py --preset {preset} --data={shlex.quote(str(out))}")
 
 
 def main(argv: list[str] | None = None) -> None:
-    about = "Prepare token shards for train.py. With no options: FineWeb-Edu 10B, HellaSwag and LAMBADA."
-    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, allow_abbrev=False, description=about)
+    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, allow_abbrev=False, description=__doc__.splitlines()[1])
     add, origin, amount = parser.add_argument, parser.add_mutually_exclusive_group(), number(int, 1, 10**15)
     origin.add_argument("--source", choices=SOURCES, help="what to prepare (default: fineweb-edu, hellaswag, lambada)")
     origin.add_argument("--input", nargs="+", metavar="FILE", help="your own text: " + ", ".join(FORMATS))
     add("--subset", default="sample-10BT", help="of FineWeb: sample-100BT, ..., or a dump (default: sample-10BT)")
-    add("--out", help="output directory (default: data/NAME); with no --source or --input: for FineWeb-Edu alone")
+    add("--out", help="output directory (default: data/NAME); without --source or --input, FineWeb-Edu only")
     add("--tokenizer", choices=VOCAB_SIZES, help="tokenizer (default: gpt2; byte for the demo)")
     add("--shard-tokens", type=number(int, 1, 2**31 - 1), default=10**8, help="tokens in a shard (default: 100M)")
     add("--val-tokens", type=amount, help="tokens for validation (default: about a tenth of all, at most 100M)")
@@ -827,8 +756,6 @@ def main(argv: list[str] | None = None) -> None:
     add("--workers", type=number(int, 1, 1024), default=1024, help="threads (default and at most: one per core)")
     args = parser.parse_args(argv)
     sources = [args.source] if args.input or args.source else [*EVALUATION_SETS, "fineweb-edu"]
-    if args.out == "":
-        parser.error("--out must name a directory")
     with one_line_errors("prepare_data.py", "use fewer --workers"):
         for source in sources[-1:] if args.out else sources:
             prepare_source(source, args)

@@ -60,34 +60,31 @@ def sample(args: argparse.Namespace) -> None:
         raise ValueError(f"{directory}: vocab_size is {config.vocab_size}, but {name} has {tokenizer.n_vocab} tokens")
     prep.status(f"reading {directory}")
     model = gpt.center_logits(gpt.load_model(directory)).to(device, gpt.choose_dtype(args.dtype, device))
-    prep.status("")
-    print(f"{directory}: {gpt.parameter_count(model):,} parameters, {device}", file=sys.stderr)
+    prep.say(f"{directory}: {gpt.parameter_count(model):,} parameters, {device}", sys.stderr)
     generator = torch.Generator(device).manual_seed(args.seed)
     for prompt in read_prompts(args):
         prompt.encode()  # raises ValueError for what was not valid UTF-8
         tokens = tokenizer.encode(prompt, allowed_special="all") or [tokenizer.eot_token]  # none: a new text
+        if args.interactive and len(tokens) > config.block_size:
+            print(f"that is {len(tokens)} tokens; use at most {config.block_size}", file=sys.stderr)
+            continue
         prompts = torch.tensor([tokens] * args.num_samples, device=device)
         how = {"temperature": args.temperature, "top_k": args.top_k or None, "top_p": args.top_p}
         how |= {"generator": generator, "stop_token": tokenizer.eot_token, "compiled": args.compile}
         # The first sample is printed while it is generated; the others, each below a rule, at the end.
-        decode, drawn, times = stream_decoder(tokenizer), [], []
-        print(prompt, end="", flush=True)
+        decode, drawn, began = stream_decoder(tokenizer), [], time.perf_counter()
         for step in gpt.generate(model, prompts, args.max_new_tokens, **how):
             drawn.append(step.tolist())
-            times.append(time.perf_counter())
-            print(decode(drawn[-1][0]), end="", flush=True)
+            print(prompt * (len(drawn) == 1) + decode(drawn[-1][0]), end="", flush=True)
         print(decode(tokenizer.eot_token))
         for other in list(zip(*drawn, strict=True))[1:]:
             print("-" * 80, prompt + "".join(map(decode, (*other, tokenizer.eot_token))), sep="\n", flush=True)
-        # The rate leaves out the first tokens, which include reading the prompt and perhaps compiling.
-        rest = times[2:] or times
-        rate = (len(rest) - 1) * args.num_samples / (rest[-1] - rest[0]) if len(rest) > 1 else 0
-        print(f"{len(times) * args.num_samples} tokens, {rate:.1f} tokens/s", file=sys.stderr)
+        count = len(drawn) * args.num_samples
+        print(f"{count} tokens, {count / (time.perf_counter() - began):.1f} tokens/s", file=sys.stderr)
 
 
 def main(argv: list[str] | None = None) -> None:
-    about = "Generate text with GPT-2."
-    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, allow_abbrev=False, description=about)
+    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, allow_abbrev=False, description=__doc__.splitlines()[1])
     add, number = parser.add_argument, prep.number
     add("--model", help="a checkpoint, a run, or gpt2, gpt2-medium, ... (default: the newest under out/)")
     add("--prompt", default="", help="text to continue; - reads standard input (default: none)")

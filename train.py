@@ -6,9 +6,9 @@ Train a GPT-2 on token shards: on a CPU, on one GPU, or on many under torchrun.
     python train.py --preset demo                         # two minutes on a CPU
     python train.py --eval-only --init-from gpt2          # evaluate OpenAI's model
 
-Reads the shards that prepare_data.py or llm.c wrote. Writes to --out: `metrics.jsonl`, and checkpoints `step_NNNNNN/`,
-the state after that many updates. The batch of an update depends on the seed and the step alone: resumed on a different
-number of GPUs, a run is still (without dropout) the same run.
+Reads the shards that prepare_data.py or llm.c wrote. Writes to --out: `metrics.jsonl`, and checkpoints `step_NNNNNN/`.
+The batch of an update depends on the seed and the step alone: resumed on a different number of GPUs, a run is still
+(without dropout) the same run.
 """
 
 import argparse
@@ -20,8 +20,8 @@ import shlex
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from functools import lru_cache, partial
@@ -104,31 +104,24 @@ class TrainConfig:
                 raise ValueError(f"{item.name} is {value!r}, which is out of range or of the wrong type")
 
 
-BOOK = TrainConfig(
+BOOK = TrainConfig(  # for a single book: a few minutes on a laptop
     data="data/mine", model="gpt2-tiny", sequence_length=64, total_batch_tokens=12 * 64,
     steps=2200, warmup_steps=150, max_lr=1.5e-3, min_lr=1e-5, beta2=0.99,
     eval_every=1000, sample_every=500, checkpoint_every=1000, log_every=20,
 )  # fmt: skip
-PRESETS = {
-    "gpt2": TrainConfig(),
-    "book": BOOK,  # for a single book: a few minutes on a laptop
-    "demo": replace(BOOK, data="data/demo", steps=1400),
-}
+PRESETS = {"gpt2": TrainConfig(), "book": BOOK, "demo": replace(BOOK, data="data/demo", steps=1400)}
 
 
 def parse_args(parser: argparse.ArgumentParser, argv: list[str] | None) -> tuple[TrainConfig, dict[str, Any]]:
     """Parse the command line, an option for each field. Returns all settings, and the ones given explicitly."""
     parser.add_argument("--preset", default="gpt2", choices=PRESETS, help="set of defaults; other options override it")
     for item in fields(TrainConfig):
-        text, kwargs = item.metadata["help"], {}
+        text, how = item.metadata["help"], {"action": argparse.BooleanOptionalAction}
         if item.type in (int, float, str):
             parse = str if item.type is str else prep.number(item.type, *item.metadata["range"])
-            choices = item.metadata["choices"]
-            kwargs |= {"type": parse} | ({"choices": choices} if choices else {"metavar": item.type.__name__.upper()})
+            how = {"type": parse, "choices": item.metadata["choices"]}
             text += f" (default: {item.default})" if item.default != "" else ""
-        else:
-            kwargs["action"] = argparse.BooleanOptionalAction
-        parser.add_argument("--" + item.name.replace("_", "-"), default=None, help=text, **kwargs)
+        parser.add_argument("--" + item.name.replace("_", "-"), help=text, **how)
     given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
     config, runs = replace(PRESETS[given.pop("preset")], **given), Path("out")
     newest = config.eval_only and config.data == TrainConfig.data  # the run that sample.py would take
@@ -143,8 +136,7 @@ def check_config(config: TrainConfig) -> None:
     world_size = max(1, int(os.environ.get("WORLD_SIZE", "1")))
     T, B, total = config.sequence_length, max(1, config.micro_batch_size), config.total_batch_tokens
     if total % (T * B * world_size) and not config.eval_only:
-        parts = f"{world_size} devices x micro-batches of {B} x sequences of {T} tokens"
-        raise ValueError(f"--total-batch-tokens {total} must be a multiple of {T * B * world_size}: {parts}")
+        raise ValueError(f"--total-batch-tokens {total} must be a multiple of {world_size} devices x {B} x {T} tokens")
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:
@@ -178,13 +170,9 @@ def start_process(device: str) -> Process:
         torch.cuda.set_device(chosen)
     if world_size > 0:  # set by torchrun, even for a single process
         limit = timedelta(minutes=30)  # the others wait while rank 0 writes a checkpoint, 19 GB for gpt2-xl
-        try:
-            store, _, _ = next(dist.rendezvous("env://", timeout=limit))
-        except RuntimeError as error:
-            raise OSError(f"cannot reach the other processes: {error}; check torchrun's --rdzv_endpoint") from error
+        store, _, _ = next(dist.rendezvous("env://", timeout=limit))
         if world_size == int(os.environ.get("LOCAL_WORLD_SIZE", "0")):
-            # Workers that torchrun has restarted would find the addresses of the dead ones in its store. Across
-            # machines, the count of restarts is not shared, and cannot tell them apart.
+            # Restarted workers would find the dead ones' addresses. Across machines, restarts are not counted alike.
             store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
         backend, device_id = ("nccl", chosen) if chosen.type == "cuda" else ("gloo", None)
         dist.init_process_group(backend, None, limit, world_size, rank, store, device_id=device_id)
@@ -200,15 +188,14 @@ def all_reduce(value: Tensor, how: dist.ReduceOp = dist.ReduceOp.SUM) -> Tensor:
 
 
 def catch_signals(stops: list[int]) -> None:
-    """From now on, SIGTERM and SIGINT are added to `stops` instead of ending the process. A second Ctrl-C ends it at
-    once; under torchrun, which passes signals on and so repeats them, it is torchrun that does so after a while."""
+    """From now on, SIGTERM and SIGINT are added to `stops` instead of ending the process."""
 
     def catch(signum: int, frame: object) -> None:
-        if signum in stops and signum == signal.SIGINT and not dist.is_initialized():
-            os._exit(128 + signum)
-        if not stops and prep.is_main_process():  # by os.write: a print may be under way
+        if not stops and prep.is_main_process():  # os.write, since a print may be in progress
             os.write(2, b"\nstopping, and writing a checkpoint; Ctrl-C again stops at once\n")
         stops.append(signum)
+        if not dist.is_initialized():  # torchrun repeats signals, and ends its processes itself after a while
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
 
     signal.signal(signal.SIGTERM, catch)
     signal.signal(signal.SIGINT, catch)
@@ -230,7 +217,7 @@ def batch_indices(split: Split, config: TrainConfig, step: int) -> np.ndarray:
     return np.concatenate([epoch_order(total, config.seed, int(e))[places[epochs == e]] for e in np.unique(epochs)])
 
 
-def load_batch(split: Split, config: TrainConfig, size: int, step: int, process: Process) -> Tensor:
+def load_batch(split: Split, config: TrainConfig, size: int, process: Process, step: int) -> Tensor:
     """This rank's part of a batch: (accumulation steps, micro-batch size, T + 1) int64 on the CPU, pinned for a GPU."""
     indices = batch_indices(split, config, step).reshape(-1, process.world_size, size)[:, process.rank]
     batch = torch.from_numpy(read_sequences(split, indices.ravel()).reshape(*indices.shape, -1))
@@ -248,9 +235,8 @@ CHECKPOINT_FILES = ("config.json", "model.safetensors", "trainer.pt", *TOKENIZER
 
 @lru_cache
 def tokenizer_files(tokenizer: tiktoken.Encoding) -> dict[str, str]:
-    """The tokenizer's files by name, in the format of OpenAI's GPT-2. Bytes are spelled as characters: 188 as in
-    Latin-1, the others from chr(256) on. The merge of a token joins the last two parts that byte-pair encoding leaves
-    of it."""
+    """The tokenizer's files by name, as GPT-2 has them. Bytes are spelled as characters: 188 as in Latin-1, the others
+    from chr(256) on. The merge of a token joins the last two parts that byte-pair encoding leaves of it."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     ordered = printable + [byte for byte in range(256) if byte not in printable]
     spelling = {byte: chr(byte if i < 188 else 68 + i) for i, byte in enumerate(ordered)}
@@ -270,30 +256,19 @@ def tokenizer_files(tokenizer: tiktoken.Encoding) -> dict[str, str]:
     return dict(zip(TOKENIZER_FILES, (json.dumps(vocab), "\n".join(merges) + "\n", config), strict=True))
 
 
-class TrainState(NamedTuple):
-    """What a checkpoint holds beside the model: the state of a run after `step` updates."""
-
-    config: dict  # of TrainConfig
-    step: int
-    seconds: float  # of training until then
-    shards: dict  # the sha256 of each shard, by its name
-    optimizer: dict
-    scaler: dict
-
-
-def save_checkpoint(out: Path, model: GPT, trainer: TrainState, tokenizer: str, keep: int) -> None:
+def save_checkpoint(out: Path, model: GPT, trainer: dict, tokenizer: tiktoken.Encoding, keep: int) -> None:
     """Write `step_NNNNNN`, under another name until it is whole and on disk, then remove all but the newest `keep`.
-    Raises OSError when it cannot be written."""
-    final = out / f"step_{trainer.step:06d}"
+    `trainer` is as from `load_trainer`. Raises OSError when it cannot be written."""
+    final = out / f"step_{trainer['step']:06d}"
     part = final.with_suffix(".tmp")
     for stale in out.glob("step_*.tmp"):
         prep.discard(stale)
     try:
         part.mkdir(parents=True)
-        gpt.save_model(model, part, tokenizer)
-        for name, text in tokenizer_files(prep.get_tokenizer(tokenizer)).items():
+        gpt.save_model(model, part, tokenizer.name)
+        for name, text in tokenizer_files(tokenizer).items():
             (part / name).write_text(text, encoding="utf-8")
-        torch.save(trainer._asdict(), part / "trainer.pt")
+        torch.save(trainer, part / "trainer.pt")
         prep.add_checksums(part, CHECKPOINT_FILES)
         for path in (*out.glob("metrics.jsonl"), *part.iterdir(), part):  # the log is never behind a checkpoint
             prep.synchronize(path)
@@ -304,31 +279,29 @@ def save_checkpoint(out: Path, model: GPT, trainer: TrainState, tokenizer: str, 
     part.rename(final)
     prep.synchronize(out)
     found = gpt.checkpoints(out)
-    until_now = found[: found.index(final) + 1]  # a later one is damaged and was skipped
-    for old in until_now[:-keep] if keep else []:
+    for old in found[: found.index(final) + 1][:-keep] if keep else []:  # a later one is damaged and was skipped
         prep.discard(old.rename(old.with_suffix(".tmp")))  # a crash leaves no half of a checkpoint under its name
 
 
-def load_trainer(checkpoint: Path) -> TrainState:
-    """The TrainState that save_checkpoint wrote. Raises ValueError when it is damaged, or another version's."""
+def load_trainer(checkpoint: Path) -> dict[str, Any]:
+    """A checkpoint's config, step, seconds (of training until then), shards (the sha256 of each, by its name), and the
+    states of optimizer and scaler. Raises ValueError when they are damaged, or another version's."""
     path = checkpoint / "trainer.pt"
     prep.check_checksums(checkpoint, [path.name])
     with prep.reading(path):
-        trainer = TrainState(**torch.load(path, map_location="cpu", weights_only=True, mmap=True))
-        for name, kind in TrainState.__annotations__.items():
-            if not isinstance(value := getattr(trainer, name), kind):
-                raise TypeError(f"{name} is {type(value).__name__}, not {kind.__name__}")
-        if trainer.config.keys() != asdict(TrainConfig()).keys():
+        trainer = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        if trainer["config"].keys() != asdict(TrainConfig()).keys():
             raise ValueError("its settings are from another version of train.py; start a new run with --init-from")
-        if not 0 < trainer.step <= TrainConfig(**trainer.config).steps:  # which checks their types and ranges
-            raise ValueError(f"it claims to be at step {trainer.step}")
-        return trainer._replace(shards={str(name): str(sha) for name, sha in trainer.shards.items()})
+        steps = TrainConfig(**trainer["config"]).steps  # which checks the settings' types and ranges
+        if not (0 < trainer["step"] <= steps and trainer["seconds"] >= 0):
+            raise ValueError(f"it claims to be at step {trainer['step']} after {trainer['seconds']} seconds")
+        return trainer | {"shards": {str(name): str(sha) for name, sha in trainer["shards"].items()}}
 
 
-def load_optimizer(optimizer: Optimizer, scaler: torch.amp.GradScaler, trainer: TrainState, source: Path) -> None:
+def load_optimizer(optimizer: Optimizer, scaler: torch.amp.GradScaler, trainer: dict, source: Path) -> None:
     """Restore the optimizer, and float16's scaler, from a checkpoint. Raises ValueError when that does not fit."""
     with prep.reading(source / "trainer.pt"):
-        optimizer.load_state_dict(trainer.optimizer)
+        optimizer.load_state_dict(trainer["optimizer"])
         local = getattr(optimizer, "optim", optimizer)  # this rank's part of a ZeroRedundancyOptimizer
         if local is not optimizer:
             optimizer.state.clear()  # a second copy of it
@@ -337,8 +310,8 @@ def load_optimizer(optimizer: Optimizer, scaler: torch.amp.GradScaler, trainer: 
             values["step"] = values["step"].to(parameter.device)  # ZeroRedundancyOptimizer puts it on the CPU
             if any(values[name].shape != parameter.shape for name in ("exp_avg", "exp_avg_sq")):
                 raise ValueError("the optimizer's state does not fit the model")
-        if scaler.is_enabled() and trainer.scaler:
-            scaler.load_state_dict(trainer.scaler)
+        if scaler.is_enabled() and trainer["scaler"]:
+            scaler.load_state_dict(trainer["scaler"])
 
 
 def find_source(config: TrainConfig) -> tuple[Path | None, bool]:
@@ -351,19 +324,16 @@ def find_source(config: TrainConfig) -> tuple[Path | None, bool]:
     if config.resume or (config.eval_only and not config.init_from):
         if checkpoint := gpt.newest_checkpoint(out, partial(prep.is_intact, names=CHECKPOINT_FILES)):
             return checkpoint, not config.eval_only
-        if found:
-            raise ValueError(f"none of the checkpoints in {out} is intact; restore one of them from a copy")
-        if config.eval_only:
-            raise FileNotFoundError(f"{out} has no checkpoint; give --init-from, or another --out")
+        if found or config.eval_only:
+            raise FileNotFoundError(f"{out} has no intact checkpoint; restore one from a copy, or choose another --out")
     if not config.init_from:
         return None, False
-    run = gpt.newest_checkpoint(Path(config.init_from), prep.is_intact)
-    return run or prep.model_directory(config.init_from), False
+    name = Path(config.init_from)
+    return gpt.newest_checkpoint(name, prep.is_intact) or prep.model_directory(name), False
 
 
-def saved_config(config: TrainConfig, given: dict[str, Any], trainer: TrainState, source: Path) -> TrainConfig:
+def saved_config(config: TrainConfig, given: dict[str, Any], saved: dict[str, Any], source: Path) -> TrainConfig:
     """A checkpoint's settings, overridden by those `given`. Raises ValueError for one fixed in a resumed run."""
-    saved = trainer.config
     fixed = [item.name for item in fields(config) if item.metadata["fixed"] and item.name in given]
     changed = [f"--{n.replace('_', '-')} was {saved[n]} and is now {given[n]}" for n in fixed if given[n] != saved[n]]
     if changed and config.resume:
@@ -393,6 +363,8 @@ def open_log(path: Path, config: TrainConfig, step: int) -> Callable[[dict], Non
     prep.write_atomically(path, kept or [json.dumps({"config": asdict(config)}).encode() + b"\n"])
 
     def record(entry: dict) -> None:
+        if torch.cuda.is_initialized():
+            entry |= {"memory_gb": torch.cuda.max_memory_allocated() / 1e9}
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(path, "a", encoding="utf-8") as log:
             log.write(json.dumps(entry) + "\n")
@@ -405,22 +377,11 @@ def open_log(path: Path, config: TrainConfig, step: int) -> Callable[[dict], Non
     return record
 
 
-def update_entry(
-    config: TrainConfig, step: int, loss: float, lr: float, norm: float, took: float, peak: float | None
-) -> dict:
-    """The log entry of an update that took so many seconds; `peak` is the tokens/s of MFU 1."""
-    rate = config.total_batch_tokens / took
-    entry = {"step": step, "train_loss": loss, "lr": lr, "grad_norm": norm if math.isfinite(norm) else None}
-    entry |= {"tokens_per_second": rate} | ({"mfu": rate / peak} if peak else {})
-    return entry | ({"memory_gb": torch.cuda.max_memory_allocated() / 1e9} if torch.cuda.is_initialized() else {})
-
-
 def describe(entry: dict, config: TrainConfig) -> str:
     """An entry of the log for the terminal, within 80 columns: an update on one line; an evaluation as a table."""
     if "train_loss" in entry:
         rate, norm = entry["tokens_per_second"], math.inf if entry["grad_norm"] is None else entry["grad_norm"]
-        speed = f"{rate / 1000:,.0f}k tok/s" if rate >= 1e5 else f"{rate:,.0f} tok/s"
-        speed += f"  mfu {entry['mfu']:.0%}" if "mfu" in entry else ""
+        speed = f"{rate:,.0f} tok/s" + (f"  mfu {entry['mfu']:.0%}" if "mfu" in entry else "")
         update = f"step {entry['step']}  loss {entry['train_loss']:.4f}  lr {entry['lr']:.1e}  norm {norm:.2f}"
         left = int((config.steps - entry["step"]) * config.total_batch_tokens / rate)
         return f"{update}  {speed}  {left // 3600}:{left // 60 % 60:02}:{left % 60:02}"
@@ -436,8 +397,7 @@ def describe(entry: dict, config: TrainConfig) -> str:
 
 
 class EvalSet(NamedTuple):
-    """Rows of tokens of which the last ones are scored: a sequence, or a context and one of a task's endings, the rows
-    of a task one after the other."""
+    """Rows of tokens, the last few of each scored: sequences, or a task's context with each of its endings in turn."""
 
     rows: Sequence[np.ndarray]  # of uint16
     scored: np.ndarray  # (rows,) int64: how many tokens at the end of each
@@ -455,24 +415,23 @@ def read_tasks(name: str, path: Path, tokenizer: tiktoken.Encoding, most: int) -
         with prep.reading(f"{path}, line {number},"):
             task = prep.read_object(line, "it")
             if name == "lambada":
-                context, last_word = task["text"].rsplit(" ", 1)
-                endings, label = [last_word], 0
+                (context, *endings), label = task["text"].rsplit(" ", 1), 0
             else:
-                context, label, (a, b, c, d) = task["ctx"], int(task["label"]), task["endings"]
-                endings = [a, b, c, d]
+                context, endings, label = task["ctx"], task["endings"], int(task["label"])
             texts = [context, *(" " + ending for ending in endings)]
             begin, *ends = (prep.tokenize([text], tokenizer)[1:] for text in texts)
+            count = 1 if name == "lambada" else 4
+            if not len(begin) or len(ends) != count or not 0 <= label < count:
+                raise ValueError(f"it needs a context, {count} endings and the number of the right one")
         rows += [np.concatenate([begin, end]) for end in ends]
         scored += [len(end) for end in ends]
         labels.append(label)
-    if not labels:
-        raise ValueError(f"{path} contains no tasks")
     return EvalSet(rows, np.array(scored), np.array(labels))
 
 
-def open_evaluation(config: TrainConfig, split: Split, tokenizer_name: str, block_size: int) -> dict[str, EvalSet]:
+def open_evaluation(config: TrainConfig, split: Split, tokenizer: tiktoken.Encoding, most: int) -> dict[str, EvalSet]:
     """What an evaluation scores: the first eval_tokens of the validation split, and the sets next to the data."""
-    T, tokenizer = config.sequence_length, prep.get_tokenizer(tokenizer_name)
+    T = config.sequence_length
     count = min(max(1, config.eval_tokens // T), split.sequences)
     rows = read_sequences(split, np.arange(count)).astype(np.uint16)
     text_bytes = int(prep.token_bytes(tokenizer)[rows[:, 1:]].sum(dtype=np.int64))
@@ -481,30 +440,14 @@ def open_evaluation(config: TrainConfig, split: Split, tokenizer_name: str, bloc
         path = Path(config.data).parent / name / prep.FILES[name].name
         if config.eval_tasks and path.exists():
             tasks = read_tasks(name, path, tokenizer, config.eval_tasks)
-            if tasks.scored.max() <= block_size:  # else an ending alone is more than the model's context
+            if tasks.scored.max() <= most:  # else an ending alone is more than the model's context
                 sets[name] = tasks
     return sets
 
 
-@contextmanager
-def evaluation_mode(model: GPT) -> Iterator[None]:
-    """Evaluation mode, without gradients and cuDNN's attention, which plans anew for every shape."""
-    model.eval()
-    torch.backends.cuda.enable_cudnn_sdp(False)
-    with torch.no_grad():
-        yield
-    model.train()
-    torch.backends.cuda.enable_cudnn_sdp(True)
-
-
 def score_rows(model: GPT, process: Process, autocast: torch.autocast, stopped: Callable, data: EvalSet) -> np.ndarray:
-    """
-    Per row: the summed loss of its scored tokens in nats, and how many were the top prediction; (2, rows) float64. Rows
-    longer than the context lose their beginning. Raises InterruptedError once `stopped()`.
-
-    Batches are of rows of similar length and the same on any number of ranks. The model must not be a compiled one,
-    which would be compiled anew for every length.
-    """
+    """`GPT.score` of all rows, (2, rows) float64, in batches of similar length; rows longer than the context lose their
+    beginning. The model must not be compiled, since lengths vary. Raises InterruptedError once `stopped()`."""
     longest, most = model.config.block_size + 1, 8192 if process.device.type == "cuda" else 2048
     rows = [torch.from_numpy(row[-longest:].astype(np.int64)) for row in data.rows]
     order, batches = sorted(range(len(rows)), key=lambda i: -len(rows[i])), []
@@ -512,31 +455,24 @@ def score_rows(model: GPT, process: Process, autocast: torch.autocast, stopped: 
         size = max(1, most // (len(rows[order[0]]) - 1))
         batches.append(order[:size])
         order = order[size:]
-    scores = torch.zeros(2, len(rows), device=process.device)
+    scores, scored = torch.zeros(2, len(rows), device=process.device), data.scored.tolist()
     for turn in range(0, len(batches), process.world_size):
         status(f"evaluating: {turn / len(batches):.0%}")
         if stopped():
             raise InterruptedError
-        for batch in batches[turn : turn + process.world_size][process.rank : process.rank + 1]:  # this rank's, if any
-            ends = [F.pad(rows[i][-n:], (len(rows[i]) - 1 - n, 0), value=-1) for i in batch for n in data.scored[[i]]]
-            targets = pad_sequence(ends, batch_first=True, padding_value=-1).ravel()
+        for batch in batches[turn + process.rank : turn + process.rank + 1]:  # this rank's, if one is left
             tokens = pad_sequence([rows[i][:-1] for i in batch], batch_first=True)
-            indices = (targets >= 0).nonzero().squeeze(1)
-            row_of = torch.tensor(batch)[indices // tokens.size(1)]
-            to_device = (part.to(process.device) for part in (tokens, indices, targets[indices]))
-            with evaluation_mode(model), autocast:
-                scores.index_add_(1, row_of.to(process.device), model.score(*to_device))
+            ends = [F.pad(rows[i][-scored[i] :], (len(rows[i]) - 1 - scored[i], 0), value=-1) for i in batch]
+            targets = pad_sequence(ends, batch_first=True, padding_value=-1)
+            with gpt.evaluation_mode(model), autocast:
+                scores[:, batch] = model.score(tokens.to(process.device), targets.to(process.device))
     return all_reduce(scores).numpy()
 
 
 def evaluate(sets: dict[str, EvalSet], score: Callable) -> dict[str, float | None]:
-    """
-    The metrics of the sets; `..._se` is a standard error over sequences or tasks.
-
-    "val_loss" is in nats per token. "hellaswag_acc" is how often the right ending has the smallest summed loss,
-    "hellaswag_acc_norm" the smallest per token. "lambada_acc" is how often all tokens of the last word are the most
-    likely, "lambada_perplexity" the exponential of the mean loss of a word.
-    """
+    """The metrics of the sets; `..._se` is a standard error over sequences or tasks. "val_loss" is in nats per token.
+    "hellaswag_acc" is how often the right ending has the smallest summed loss, "hellaswag_acc_norm" the smallest per
+    token. "lambada_acc" is how often all tokens of the last word are the most likely; its perplexity is per word."""
     metrics = {}
 
     def mean(name: str, values: np.ndarray) -> None:
@@ -559,13 +495,12 @@ def evaluate(sets: dict[str, EvalSet], score: Callable) -> dict[str, float | Non
     return {name: float(value) if np.isfinite(value) else None for name, value in metrics.items()}
 
 
-def sample_text(model: GPT, tokenizer_name: str, seed: int, device: torch.device) -> str:
+def sample_text(model: GPT, tokenizer: tiktoken.Encoding, seed: int, device: torch.device) -> str:
     """Up to 100 tokens of unconditional text, at most ten lines of it."""
-    tokenizer = prep.get_tokenizer(tokenizer_name)
     generator = torch.Generator(device).manual_seed(seed)
     prompt = torch.tensor([[tokenizer.eot_token]], device=device)
     how = {"temperature": 0.8, "top_k": 50, "generator": generator, "stop_token": tokenizer.eot_token}
-    with evaluation_mode(model):
+    with gpt.evaluation_mode(model):
         tokens = [int(token) for token in gpt.generate(model, prompt, 100, **how)]
     text = tokenizer.decode(tokens).removesuffix("<|endoftext|>")
     return "\n".join(["sample:", *(f"  {line}" for line in text.strip("\n").split("\n")[:10])])
@@ -583,26 +518,24 @@ def build_model(config: TrainConfig, source: Path | None, meta: dict) -> GPT:
         return GPT(replace(MODEL_SIZES[config.model], **shape))
     shape, tokenizer = gpt.read_config(source)
     if (tokenizer, shape.vocab_size) != (meta["tokenizer"], vocab_size):
-        theirs, ours = f"{tokenizer} tokenizer ({shape.vocab_size})", f"{meta['tokenizer']} tokenizer ({vocab_size})"
-        raise ValueError(f"{source} uses the {theirs}, {config.data} the {ours}; prepare with --tokenizer {tokenizer}")
+        raise ValueError(f"{source} needs data prepared with --tokenizer {tokenizer}, unlike that in {config.data}")
     if shape.block_size < T:
         raise ValueError(f"--sequence-length {T} exceeds {source}'s context of {shape.block_size}")
     return gpt.load_model(source, config.dropout)
 
 
 def check_shards(
-    data: Path, splits: list[Split], process: Process, stops: list[int], known: dict[str, str] | None
+    data: Path, splits: list[Split], process: Process, stops: list[int], known: dict[str, str]
 ) -> Callable[[], dict[str, str]]:
-    """Hash the shards in the background, each rank of a machine its share. Returns a function that waits for all ranks
-    and gives the sums by name; it raises ValueError for a damaged shard, which also stops the run. Raises ValueError at
-    once for shards other than those `known` from the run that is resumed."""
-    names = sorted({path.name for split in splits for path in split.paths})
+    """Hash the shards in the background, each rank of a machine its share; a damaged one stops the run. Returns a
+    function that waits for all ranks, then raises that ValueError or gives the sums. Raises ValueError at once for
+    shards other than those `known` from the run that is resumed."""
+    names = sorted({path.name for split in splits for path in split.paths} | known.keys())
     listed = prep.read_checksums(data)
-    if known is not None:
-        for name in sorted({*known, *(path.name for path in splits[0].paths)}):
-            if name not in known or not (data / name).exists() or listed.get(name, known[name]) != known[name]:
-                raise ValueError(f"{data / name} is not what the run was trained on; resume with the original data")
-    sums = dict.fromkeys(names, "") | listed | (known or {})
+    for name in known and {*known, *(path.name for path in splits[0].paths)}:
+        if name not in known or listed.get(name, known[name]) != known[name]:
+            raise ValueError(f"{data / name} is not what the run was trained on; resume with the original data")
+    sums = dict.fromkeys(names, "") | listed | known
     local_rank, local_ranks = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     share = prep.begin(prep.check_checksums, data, names[local_rank::local_ranks], sums)
     share.add_done_callback(lambda done: stops.append(signal.SIGTERM) if done.exception() else None)
@@ -612,7 +545,7 @@ def check_shards(
         parts = [share.exception() or share.result()] * process.world_size
         if dist.is_initialized():
             dist.all_gather_object(parts, parts[0])
-        found = dict(known or {})
+        found = {}
         for part in parts:
             if isinstance(part, Exception):
                 raise part
@@ -625,19 +558,18 @@ def check_shards(
 
 
 def find_micro_batch_size(config: TrainConfig, model: GPT, process: Process, autocast: torch.autocast) -> int:
-    """The largest micro-batch of up to 2^17 tokens that fits on every rank's GPU, tried uncompiled: compiling each size
-    takes minutes, and a compiled pass needs less memory. On a CPU 4,096 tokens, since more are no faster."""
+    """The largest micro-batch of up to 2^17 tokens that fits on every rank's GPU, even uncompiled, in sequences; on a
+    CPU 4,096 tokens, since more are no faster."""
     T, device = config.sequence_length, process.device
     share = config.total_batch_tokens // T // process.world_size
     most = min(share, max(1, (2**17 if device.type == "cuda" else 4096) // T))
-    sizes = [size for size in range(most, 0, -1) if share % size == 0]
-    while device.type == "cuda" and len(sizes) > 1 and not fits(model, sizes[0], T, device, autocast):
-        sizes.pop(0)
-    return int(all_reduce(torch.full((), sizes[0], device=device), dist.ReduceOp.MIN))
+    sizes = (size for size in range(most, 0, -1) if share % size == 0)
+    size = next(s for s in sizes if s == 1 or device.type != "cuda" or fits(model, s, T, device, autocast))
+    return int(all_reduce(torch.full((), size, device=device), dist.ReduceOp.MIN))
 
 
 def fits(model: GPT, size: int, T: int, device: torch.device, autocast: torch.autocast) -> bool:
-    """Whether a GPU has room for a forward and a backward pass of so many sequences, beside the two moments of the
+    """Whether a GPU has room for a forward and a backward pass of `size` sequences, beside the two moments of the
     optimizer, the gradients accumulated before, and DistributedDataParallel's buckets."""
     status(f"trying micro-batches of {size}")
     torch.cuda.set_per_process_memory_fraction(0.9, device)  # the rest is for evaluation, samples and gaps
@@ -660,21 +592,19 @@ def check_finite(step: int, loss: float, norm: float, scaler: torch.amp.GradScal
     """Raise FloatingPointError when an update must not be applied. A gradient that overflows float16 is left to the
     scaler, which skips the update, until its scale is down to 1."""
     if not math.isfinite(loss) or (not math.isfinite(norm) and scaler.get_scale() <= 1):
-        good = f"restart from the checkpoint of step {saved} (--init-from) with" if saved else "start again with"
+        good = f"restart from the checkpoint of step {saved} (--init-from) with" if saved else "start over with"
         raise FloatingPointError(f"step {step}: loss {loss}, norm {norm}, update not applied; {good} a lower --max-lr")
 
 
 def train(config: TrainConfig, given: dict[str, Any] | None = None) -> int:
-    """
-    Train, resume or only evaluate, as `config` says. In a resumed run the checkpoint's settings hold, except for those
-    in `given` (None: all of `config`). Returns the exit status: 0, or 128 + the signal that interrupted the run. Raises
-    FloatingPointError when it diverges, and ValueError or OSError with a sentence for the user.
-    """
+    """Train, resume or only evaluate, as `config` says. In a resumed run the checkpoint's settings hold, except for
+    those in `given` (None: all of `config`). Returns the exit status: 0, or 128 + the signal that interrupted the run.
+    Raises FloatingPointError when it diverges, and ValueError or OSError with a sentence for the user."""
     # The starting weights and the data
     source, resuming = find_source(config)
     trainer = load_trainer(source) if resuming or (config.eval_only and (source / "trainer.pt").exists()) else None
     if trainer:
-        config = saved_config(config, asdict(config) if given is None else given, trainer, source)
+        config = saved_config(config, asdict(config) if given is None else given, trainer["config"], source)
     check_config(config)
     status(f"reading {source or config.data}")
     out, data, T, evaluates = Path(config.out), Path(config.data), config.sequence_length, config.eval_every > 0
@@ -682,19 +612,19 @@ def train(config: TrainConfig, given: dict[str, Any] | None = None) -> int:
     val_split = prep.open_split(data, "val", T) if evaluates or config.eval_only else None
     split = val_split if config.eval_only else prep.open_split(data, "train", T)
     if config.total_batch_tokens > (usable := T * split.sequences) and not config.eval_only:
-        problem = f"{data} has only {usable:,} usable tokens, fewer than one update's {config.total_batch_tokens:,}"
-        raise ValueError(f"{problem}; choose a smaller --total-batch-tokens, or --preset book")
-    prep.get_tokenizer(meta["tokenizer"])  # fail now if it cannot be fetched
+        advice = "choose a smaller --total-batch-tokens, or --preset book"
+        raise ValueError(f"{data} has only {usable:,} usable tokens, fewer than one update; {advice}")
+    tokenizer = prep.get_tokenizer(meta["tokenizer"])
     torch.manual_seed(config.seed)
     model = build_model(config, source, meta)
 
     # The processes, and the device of each
     process = start_process(config.device)
     device, main_process = process.device, process.rank == 0
-    step, seconds = (trainer.step, trainer.seconds) if resuming else (0, 0.0)
+    step, seconds = (trainer["step"], trainer["seconds"]) if resuming else (0, 0.0)
     for here, where in ((step, out), (split.sequences, data)):
         if all_reduce(torch.full((), here, device=device)) != here * process.world_size:
-            raise FileNotFoundError(f"ranks see different files in {where}; share its disk, or copy it to each")
+            raise FileNotFoundError(f"ranks see different files in {where}; put it on a shared disk, or copy it")
     model.to(device).train()
     dtype = gpt.choose_dtype(config.dtype, device, training=True)
     autocast = torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
@@ -705,17 +635,15 @@ def train(config: TrainConfig, given: dict[str, Any] | None = None) -> int:
         return all_reduce(torch.full((), len(stops), device=device)).item() > 0
 
     if val_split:
-        sets = open_evaluation(config, val_split, meta["tokenizer"], model.config.block_size)
+        sets = open_evaluation(config, val_split, tokenizer, model.config.block_size)
         measure = partial(evaluate, sets, partial(score_rows, model, process, autocast, stopped))
-    shard_sums = check_shards(data, [split, val_split or split], process, stops, trainer.shards if resuming else None)
+    shard_sums = check_shards(data, [split, val_split or split], process, stops, trainer["shards"] if resuming else {})
     if config.eval_only:
         with suppress(InterruptedError):  # by a damaged shard, which shard_sums names
             metrics = measure()
         shard_sums()
         entry = {"evaluated": str(source)} | metrics
-        status("")
-        if main_process:
-            print(describe(entry, config), json.dumps(entry), sep="\n", flush=True)
+        say(f"{describe(entry, config)}\n{json.dumps(entry)}")
         return 0
 
     # The optimizer
@@ -729,8 +657,7 @@ def train(config: TrainConfig, given: dict[str, Any] | None = None) -> int:
     # Compiled, and wrapped for several ranks; `model` stays the plain one, with the same parameters
     runner = torch.compile(model) if compiles else model
     if dist.is_initialized():
-        ids = [device] if device.type == "cuda" else None
-        runner = DistributedDataParallel(runner, device_ids=ids, gradient_as_bucket_view=True)
+        runner = DistributedDataParallel(runner, gradient_as_bucket_view=True)
     if runner is not model:
         # Warm-up pass: keeps compilation out of the first timing, and makes DDP settle its reduction order, so that a
         # resumed run adds gradients in the same order.
@@ -742,31 +669,29 @@ def train(config: TrainConfig, given: dict[str, Any] | None = None) -> int:
 
     # The log, the batches, and the loop's helpers
     record = open_log(out / "metrics.jsonl", config, step) if main_process else lambda entry: None
-    n, shape, tokens = config.total_batch_tokens, model.config, sum(split.tokens)
-    kind = f"{device.type}, {str(dtype)[6:]}{', compiled' if compiles else ''}"
-    say(f"{shape.n_layer} layers of {shape.n_embd}, {gpt.parameter_count(model):,} parameters; {kind}")
-    say(f"{'resumed' if resuming else 'started'} from {source or 'scratch'}")
+    n, tokens = config.total_batch_tokens, sum(split.tokens)
+    kind = f"{gpt.parameter_count(model):,} parameters, {device.type}, {str(dtype)[6:]}{', compiled' * compiles}"
+    say(f"{'resumed' if resuming else 'started'} from {source or 'scratch'}: {kind}")
     say(f"{tokens:,} training tokens; {config.steps:,} updates x {n:,} = {config.steps * n / tokens:,.2f} epochs")
     passes = n // (size * T * process.world_size)
     say(f"each update: {passes} accumulation steps x {process.world_size} ranks x {size} sequences x {T} tokens")
     peaks = gpt.PEAK_TFLOPS.get(torch.cuda.get_device_name()) if device.type == "cuda" else None
-    flops = gpt.flops_per_token(replace(shape, block_size=T)) / process.world_size
+    flops = gpt.flops_per_token(replace(model.config, block_size=T)) / process.world_size
     peak = peaks[dtype == torch.float32] * 1e12 / flops if peaks else None  # in tokens per second
-    steps_left = range(step + 1, config.steps + 1)
-    batches = in_background(lambda step: load_batch(split, config, size, step, process), steps_left, 1, 1)
+    load = partial(load_batch, split, config, size, process)
+    batches = in_background(load, range(step + 1, config.steps + 1), 1, 1)
 
     def due(every: int) -> bool:
         return every > 0 and (step % every == 0 or step == config.steps)
 
     def save() -> int:
         shards = shard_sums()
-        status("writing a checkpoint")
         if zero:
             optimizer.consolidate_state_dict(to=0)
         if main_process:
-            states = optimizer.state_dict(), scaler.state_dict()
-            state = TrainState(asdict(config), step, seconds, shards, *states)
-            save_checkpoint(out, model, state, meta["tokenizer"], config.keep_checkpoints)
+            state = {"config": asdict(config), "step": step, "seconds": seconds, "shards": shards}
+            state |= {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
+            save_checkpoint(out, model, state, tokenizer, config.keep_checkpoints)
             say(f"step {step}  checkpoint {out}/step_{step:06d}")
         return step
 
@@ -774,12 +699,12 @@ def train(config: TrainConfig, given: dict[str, Any] | None = None) -> int:
     catch_signals(stops)
     saved, stop = step, False
     while True:
-        if due(config.eval_every):
-            try:
+        try:
+            if due(config.eval_every):
                 record({"step": step, "seconds": seconds} | measure())
-            except InterruptedError:
-                break
-        if step == config.steps or stop:
+        except InterruptedError:
+            stop = True
+        if stop or step == config.steps:
             break
         step, began = step + 1, time.perf_counter()
         batch = next(batches).to(device, non_blocking=True)
@@ -790,8 +715,7 @@ def train(config: TrainConfig, given: dict[str, Any] | None = None) -> int:
         torch.manual_seed(int(np.random.SeedSequence([config.seed, step, process.rank]).generate_state(1)[0]))
         loss = torch.zeros((), device=device)
         for i, sequences in enumerate(batch):
-            micro_step = f": micro-batch {i + 1} of {len(batch)}" if len(batch) > 1 else ""
-            status(f"step {step} of {config.steps}{micro_step}")
+            status(f"step {step} of {config.steps}, {i / len(batch):.0%}")
             # Gradients are exchanged in the last micro-step only. no_sync() sets the same flag; the forward reads it.
             if dist.is_initialized():
                 runner.require_backward_grad_sync = i + 1 == len(batch)
@@ -810,18 +734,20 @@ def train(config: TrainConfig, given: dict[str, Any] | None = None) -> int:
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
 
-        took = time.perf_counter() - began
-        seconds += took
+        rate = n / (time.perf_counter() - began)
+        seconds += n / rate
         if due(config.log_every):
-            record(update_entry(config, step, loss, lr, norm, took, peak) | {"seconds": seconds})
+            entry = {"step": step, "seconds": seconds, "train_loss": loss, "lr": lr, "tokens_per_second": rate}
+            entry |= {"grad_norm": norm if math.isfinite(norm) else None} | ({"mfu": rate / peak} if peak else {})
+            record(entry)
         if due(config.sample_every) and main_process:
-            say(sample_text(model, meta["tokenizer"], config.seed, device))
-        if due(config.checkpoint_every):
+            say(sample_text(model, tokenizer, config.seed, device))
+        if due(config.checkpoint_every) or step == config.steps:
             saved = save()
     shard_sums()
     if saved != step:
         save()
-    if step < config.steps:
+    if stop:
         say(f"interrupted after step {step}; to continue, run the same command with --resume")
         return 128 + (stops[0] if stops else signal.SIGTERM)
     say(f"{config.steps} steps done; sample from the result with:\n  python sample.py --model={shlex.quote(str(out))}")
@@ -829,8 +755,7 @@ def train(config: TrainConfig, given: dict[str, Any] | None = None) -> int:
 
 
 def main(argv: list[str] | None = None) -> None:
-    about = "Train a GPT-2. With no options: 124M on FineWeb-Edu."
-    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, allow_abbrev=False, description=about)
+    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, allow_abbrev=False, description=__doc__.splitlines()[1])
     config, given = parse_args(parser, argv)
     try:
         if not config.resume:
@@ -839,8 +764,7 @@ def main(argv: list[str] | None = None) -> None:
         parser.error(str(error))
 
     advice = "leave --micro-batch-size out, or choose a smaller --model or --sequence-length"
-    # The first process writes for all; an evaluation alone writes nothing.
-    writes = not config.eval_only and prep.is_main_process()
+    writes = not config.eval_only and prep.is_main_process()  # the first process, for all
     with prep.one_line_errors("train.py", advice), prep.locked(Path(config.out)) if writes else nullcontext():
         code = train(config, given)
     if dist.is_initialized():
