@@ -25,7 +25,6 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.optim import AdamW, Optimizer
 
 # The architecture
 
@@ -228,7 +227,7 @@ def flops_per_token(config: GPTConfig) -> float:
 
 def configure_optimizer(
     model: GPT, learning_rate: float, weight_decay: float, betas: tuple[float, float], zero: bool = False
-) -> Optimizer:
+) -> torch.optim.Optimizer:
     """Fused AdamW, with weight decay on the matrices and none on biases and LayerNorms; with `zero`, its state is
     sharded across the ranks (ZeRO stage 1, Rajbhandari et al., 2020)."""
     matrices = [p for p in model.parameters() if p.dim() >= 2]
@@ -236,10 +235,10 @@ def configure_optimizer(
     groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
     settings = {"lr": learning_rate, "betas": betas, "eps": 1e-8, "fused": True}
     if not zero:
-        return AdamW(groups, **settings)
+        return torch.optim.AdamW(groups, **settings)
     from torch.distributed.optim import ZeroRedundancyOptimizer  # slow to import
 
-    return ZeroRedundancyOptimizer(groups, AdamW, **settings)
+    return ZeroRedundancyOptimizer(groups, torch.optim.AdamW, **settings)
 
 
 # Devices

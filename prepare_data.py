@@ -36,7 +36,6 @@ try:
     import numpy as np
     import requests
     import tiktoken
-    from requests.adapters import HTTPAdapter
     from urllib3.exceptions import HTTPError
     from urllib3.util import Retry
 except ImportError as error:
@@ -173,8 +172,8 @@ def get(url: str, first: int = 0) -> requests.Response:
     on_status = {"status_forcelist": (408, 429, 500, 502, 503, 504), "raise_on_status": False}
     retries = Retry(8, connect=2, read=2, backoff_factor=1, backoff_max=60, retry_after_max=60, **on_status)
     session = requests.Session()
-    session.mount("http://", HTTPAdapter(max_retries=retries))
-    session.mount("https://", HTTPAdapter(max_retries=retries))
+    session.mount("http://", requests.adapters.HTTPAdapter(max_retries=retries))
+    session.mount("https://", requests.adapters.HTTPAdapter(max_retries=retries))
     session.auth = lambda request: request  # or requests would replace the token with .netrc's
     headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={first}-"} if first else {})
     token = os.environ.get("HF_TOKEN", "").strip()
@@ -480,7 +479,7 @@ def prepare(settings: dict, files: list[RawFile], out: Path, workers: int) -> di
     work, meta = out / ".work", open_meta(settings, files, out)
     if "meta.json" in read_checksums(out):  # added last: the preparation is complete
         discard(work)
-        check_checksums(out, [path.name for split in ("val", "train") for path in open_split(out, split, 1).paths])
+        check_checksums(out, sorted(read_checksums(out).keys() | {path.name for path in out.glob("*.bin")}))
         say(f"{out} is already prepared")
         return meta
     if work.is_symlink():
@@ -621,8 +620,7 @@ def locked(directory: Path, wait: bool = False) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError as error:
-            holder = "another process (perhaps a worker left over from torchrun)"
-            raise BlockingIOError(f"{directory} is in use by {holder}; wait, or choose another --out") from error
+            raise BlockingIOError(f"{directory} is in use by another process; wait, or choose another --out") from error
         except OSError as error:  # a network file system without locks
             say(f"warning: {directory} cannot be locked ({error}); make sure only one run writes to it", sys.stderr)
         yield
@@ -694,6 +692,8 @@ def check_checksums(directory: Path, names: Iterable[str], sums: dict[str, str] 
     """The files' sha256, checked against `sums` ("" accepts any) or SHA256SUMS. Raises ValueError or OSError."""
     sums, found = read_checksums(directory) if sums is None else sums, {}
     for name in names:
+        if not (directory / name).is_file():
+            raise FileNotFoundError(f"{directory / name} is missing")
         found[name] = sha256_of(directory / name)
         if sums.get(name) not in ("", found[name]):
             raise ValueError(f"{directory / name} is damaged: its sha256 does not match; restore or recreate it")

@@ -37,9 +37,6 @@ try:
     import torch.nn.functional as F
     from safetensors import SafetensorError
     from torch import Tensor
-    from torch.nn.parallel import DistributedDataParallel
-    from torch.nn.utils.rnn import pad_sequence
-    from torch.optim import Optimizer
 
     import model as gpt
     import prepare_data as prep
@@ -293,12 +290,13 @@ def load_trainer(checkpoint: Path) -> dict[str, Any]:
         if trainer["config"].keys() != asdict(TrainConfig()).keys():
             raise ValueError("its settings are from another version of train.py; start a new run with --init-from")
         steps = TrainConfig(**trainer["config"]).steps  # which checks the settings' types and ranges
-        if not (0 < trainer["step"] <= steps and trainer["seconds"] >= 0):
-            raise ValueError(f"it claims to be at step {trainer['step']} after {trainer['seconds']} seconds")
-        return trainer | {"shards": {str(name): str(sha) for name, sha in trainer["shards"].items()}}
+        step, seconds, shards = int(trainer["step"]), float(trainer["seconds"]), trainer["shards"]
+        if not (0 < step == trainer["step"] <= steps and seconds >= 0):
+            raise ValueError(f"it claims to be at step {trainer['step']} after {seconds} seconds")
+        return trainer | {"step": step, "seconds": seconds, "shards": {str(n): str(sha) for n, sha in shards.items()}}
 
 
-def load_optimizer(optimizer: Optimizer, scaler: torch.amp.GradScaler, trainer: dict, source: Path) -> None:
+def load_optimizer(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, trainer: dict, source: Path) -> None:
     """Restore the optimizer, and float16's scaler, from a checkpoint. Raises ValueError when that does not fit."""
     with prep.reading(source / "trainer.pt"):
         optimizer.load_state_dict(trainer["optimizer"])
@@ -426,6 +424,8 @@ def read_tasks(name: str, path: Path, tokenizer: tiktoken.Encoding, most: int) -
         rows += [np.concatenate([begin, end]) for end in ends]
         scored += [len(end) for end in ends]
         labels.append(label)
+    if not labels:
+        raise ValueError(f"{path} contains no tasks")
     return EvalSet(rows, np.array(scored), np.array(labels))
 
 
@@ -461,9 +461,9 @@ def score_rows(model: GPT, process: Process, autocast: torch.autocast, stopped: 
         if stopped():
             raise InterruptedError
         for batch in batches[turn + process.rank : turn + process.rank + 1]:  # this rank's, if one is left
-            tokens = pad_sequence([rows[i][:-1] for i in batch], batch_first=True)
+            tokens = torch.nn.utils.rnn.pad_sequence([rows[i][:-1] for i in batch], batch_first=True)
             ends = [F.pad(rows[i][-scored[i] :], (len(rows[i]) - 1 - scored[i], 0), value=-1) for i in batch]
-            targets = pad_sequence(ends, batch_first=True, padding_value=-1)
+            targets = torch.nn.utils.rnn.pad_sequence(ends, batch_first=True, padding_value=-1)
             with gpt.evaluation_mode(model), autocast:
                 scores[:, batch] = model.score(tokens.to(process.device), targets.to(process.device))
     return all_reduce(scores).numpy()
@@ -612,8 +612,7 @@ def train(config: TrainConfig, given: dict[str, Any] | None = None) -> int:
     val_split = prep.open_split(data, "val", T) if evaluates or config.eval_only else None
     split = val_split if config.eval_only else prep.open_split(data, "train", T)
     if config.total_batch_tokens > (usable := T * split.sequences) and not config.eval_only:
-        advice = "choose a smaller --total-batch-tokens, or --preset book"
-        raise ValueError(f"{data} has only {usable:,} usable tokens, fewer than one update; {advice}")
+        raise ValueError(f"{data} has only {usable:,} usable tokens; use --preset book, or fewer --total-batch-tokens")
     tokenizer = prep.get_tokenizer(meta["tokenizer"])
     torch.manual_seed(config.seed)
     model = build_model(config, source, meta)
@@ -643,7 +642,9 @@ def train(config: TrainConfig, given: dict[str, Any] | None = None) -> int:
             metrics = measure()
         shard_sums()
         entry = {"evaluated": str(source)} | metrics
-        say(f"{describe(entry, config)}\n{json.dumps(entry)}")
+        status("")
+        if main_process:
+            print(describe(entry, config), json.dumps(entry), sep="\n", flush=True)
         return 0
 
     # The optimizer
@@ -657,7 +658,7 @@ def train(config: TrainConfig, given: dict[str, Any] | None = None) -> int:
     # Compiled, and wrapped for several ranks; `model` stays the plain one, with the same parameters
     runner = torch.compile(model) if compiles else model
     if dist.is_initialized():
-        runner = DistributedDataParallel(runner, gradient_as_bucket_view=True)
+        runner = torch.nn.parallel.DistributedDataParallel(runner, gradient_as_bucket_view=True)
     if runner is not model:
         # Warm-up pass: keeps compilation out of the first timing, and makes DDP settle its reduction order, so that a
         # resumed run adds gradients in the same order.
