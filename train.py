@@ -133,7 +133,9 @@ def check_config(config: TrainConfig) -> None:
     world_size = max(1, int(os.environ.get("WORLD_SIZE", "1")))
     T, B, total = config.sequence_length, max(1, config.micro_batch_size), config.total_batch_tokens
     if total % (T * B * world_size) and not config.eval_only:
-        raise ValueError(f"--total-batch-tokens {total} must be a multiple of {world_size} devices x {B} x {T} tokens")
+        raise ValueError(
+            f"--total-batch-tokens {total} must be a multiple of {T * B * world_size} (one pass of all devices)"
+        )
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:
@@ -189,7 +191,7 @@ def catch_signals(stops: list[int]) -> None:
 
     def catch(signum: int, frame: object) -> None:
         if not stops and prep.is_main_process():  # os.write, since a print may be in progress
-            os.write(2, b"\nstopping, and writing a checkpoint; Ctrl-C again stops at once\n")
+            os.write(2, b"\nstopping, and writing a checkpoint\n")
         stops.append(signum)
         if not dist.is_initialized():  # torchrun repeats signals, and ends its processes itself after a while
             signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -323,7 +325,9 @@ def find_source(config: TrainConfig) -> tuple[Path | None, bool]:
         if checkpoint := gpt.newest_checkpoint(out, partial(prep.is_intact, names=CHECKPOINT_FILES)):
             return checkpoint, not config.eval_only
         if found or config.eval_only:
-            raise FileNotFoundError(f"{out} has no intact checkpoint; restore one from a copy, or choose another --out")
+            raise FileNotFoundError(
+                f"{out} has no intact checkpoint; restore one, give --init-from, or choose another --out"
+            )
     if not config.init_from:
         return None, False
     name = Path(config.init_from)
@@ -607,9 +611,9 @@ def train(config: TrainConfig, given: dict[str, Any] | None = None) -> int:
         config = saved_config(config, asdict(config) if given is None else given, trainer["config"], source)
     check_config(config)
     status(f"reading {source or config.data}")
-    out, data, T, evaluates = Path(config.out), Path(config.data), config.sequence_length, config.eval_every > 0
+    out, data, T = Path(config.out), Path(config.data), config.sequence_length
     meta = prep.read_meta(data)
-    val_split = prep.open_split(data, "val", T) if evaluates or config.eval_only else None
+    val_split = prep.open_split(data, "val", T) if config.eval_every or config.eval_only else None
     split = val_split if config.eval_only else prep.open_split(data, "train", T)
     if config.total_batch_tokens > (usable := T * split.sequences) and not config.eval_only:
         raise ValueError(f"{data} has only {usable:,} usable tokens; use --preset book, or fewer --total-batch-tokens")
