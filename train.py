@@ -133,9 +133,7 @@ def check_config(config: TrainConfig) -> None:
     world_size = max(1, int(os.environ.get("WORLD_SIZE", "1")))
     T, B, total = config.sequence_length, max(1, config.micro_batch_size), config.total_batch_tokens
     if total % (T * B * world_size) and not config.eval_only:
-        raise ValueError(
-            f"--total-batch-tokens {total} must be a multiple of {T * B * world_size} (one pass of all devices)"
-        )
+        raise ValueError(f"--total-batch-tokens {total} must be a multiple of {T * B * world_size} (tokens per pass)")
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:
@@ -325,9 +323,7 @@ def find_source(config: TrainConfig) -> tuple[Path | None, bool]:
         if checkpoint := gpt.newest_checkpoint(out, partial(prep.is_intact, names=CHECKPOINT_FILES)):
             return checkpoint, not config.eval_only
         if found or config.eval_only:
-            raise FileNotFoundError(
-                f"{out} has no intact checkpoint; restore one, give --init-from, or choose another --out"
-            )
+            raise FileNotFoundError(f"{out} has no intact checkpoint; restore one, or use another --out or --init-from")
     if not config.init_from:
         return None, False
     name = Path(config.init_from)
