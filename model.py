@@ -7,17 +7,17 @@ GPT-2 as a PyTorch module, its weights file, and text generation with a KV cache
 After "Language Models are Unsupervised Multitask Learners" (Radford et al., 2019), with the parameter names of OpenAI's
 release. A model is a directory in the layout that the Hugging Face hub uses for GPT-2, `model.safetensors` and
 `config.json`: `transformers.GPT2LMHeadModel.from_pretrained` opens ours, and `load_model` opens theirs.
+
+In comments on shapes: B sequences of T tokens, C = n_embd channels, nh heads of size hs = C / nh.
 """
 
-import itertools
 import json
 import math
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn as nn
@@ -25,6 +25,9 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+if not hasattr(nn, "LinearCrossEntropyOptions"):
+    raise ImportError(f"PyTorch 2.13 is needed, this is {torch.__version__}")
 
 # The architecture
 
@@ -41,6 +44,12 @@ class GPTConfig:
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
+        """Raise ValueError for a shape that no model has; it may come from a file or from the command line."""
+        for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
+            size = getattr(self, name)
+            most = 1000 if name == "n_layer" else 2**24
+            if type(size) is not int or not 1 <= size <= most:
+                raise ValueError(f"{name} must be an integer from 1 to {most:,}, not {size!r}")
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd ({self.n_embd}) must be a multiple of n_head ({self.n_head})")
 
@@ -54,13 +63,27 @@ MODEL_SIZES = {
 }
 
 LAYER_NORM_EPS = 1e-5
-KV = tuple[Tensor, Tensor]  # keys and values, (B, n_head, positions, head size) each
-KVCache = list[KV]  # of each layer
+KV = tuple[Tensor, Tensor]  # one layer's cached keys and values, (B, nh, block_size, hs) each
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`F.linear`, (..., in) to (..., out), nearly twice as fast when a CPU generates text and has only a few rows."""
+    rows = x.numel() // x.size(-1)
+    on_cpu = x.device.type == "cpu" and x.dtype == torch.float32
+    if torch.is_grad_enabled() or rows > 8 or not on_cpu:
+        return F.linear(x, weight, bias)
+    # W x^T reads the weights in the order in which they lie in memory. A single row is repeated, since BLAS may run a
+    # matrix-vector product on one thread.
+    flat = x.reshape(rows, -1)
+    if rows == 1:
+        flat = flat.repeat(2, 1)
+    y = weight @ flat.t() if bias is None else torch.addmm(bias[:, None], weight, flat.t())  # (out, rows)
+    return y[:, :rows].t().contiguous().view(*x.shape[:-1], -1)
 
 
 class Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight, self.bias)  # defined below; it makes generation on a CPU faster
+        return linear(x, self.weight, self.bias)
 
 
 class CausalSelfAttention(nn.Module):
@@ -72,17 +95,27 @@ class CausalSelfAttention(nn.Module):
         self.c_proj = Linear(config.n_embd, config.n_embd)
         self.resid_dropout = nn.Dropout(config.dropout)
 
-    def forward(
-        self, x: Tensor, cache: KV | None = None, positions: Tensor | None = None, mask: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, x: Tensor, cache: KV | None = None, start: int = 0) -> Tensor:
+        """(B, T, C) to (B, T, C). With a `cache`, x holds the positions from `start` on, and the cache all before."""
         B, T, C = x.shape
-        q, k, v = (part.view(B, T, self.n_head, -1).transpose(1, 2) for part in self.c_attn(x).split(C, dim=2))
-        if cache is not None:  # write the new keys and values to their positions, and attend to all of the cache
-            k, v = cache[0].index_copy_(2, positions, k), cache[1].index_copy_(2, positions, v)
+        nh = self.n_head
+        hs = C // nh
+        q, k, v = self.c_attn(x).split(C, dim=2)
+        q = q.view(B, T, nh, hs).transpose(1, 2)  # (B, nh, T, hs)
+        k = k.view(B, T, nh, hs).transpose(1, 2)
+        v = v.view(B, T, nh, hs).transpose(1, 2)
+        if cache is not None:
+            end = start + T
+            keys, values = cache
+            keys[:, :, start:end] = k
+            values[:, :, start:end] = v
+            k = keys[:, :, :end]
+            v = values[:, :, :end]
         dropout = self.dropout if self.training else 0.0
-        causal = mask is None and T > 1
-        y = F.scaled_dot_product_attention(q, k, v, mask, dropout_p=dropout, is_causal=causal)  # (B, nh, T, hs)
-        return self.resid_dropout(self.c_proj(y.transpose(1, 2).reshape(B, T, C)))
+        # Flash attention where the device has it. A single token, the newest, attends to everything that is cached.
+        y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=T > 1)  # (B, nh, T, hs)
+        y = y.transpose(1, 2).reshape(B, T, C)  # the heads side by side
+        return self.resid_dropout(self.c_proj(y))
 
 
 class MLP(nn.Module):
@@ -93,7 +126,9 @@ class MLP(nn.Module):
         self.resid_dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.resid_dropout(self.c_proj(F.gelu(self.c_fc(x), approximate="tanh")))
+        x = self.c_fc(x)
+        x = F.gelu(x, approximate="tanh")
+        return self.resid_dropout(self.c_proj(x))
 
 
 class Block(nn.Module):
@@ -104,12 +139,9 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd, eps=LAYER_NORM_EPS)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, *cached: Any) -> Tensor:
-        x = x + self.attn(self.ln_1(x), *cached)
+    def forward(self, x: Tensor, cache: KV | None = None, start: int = 0) -> Tensor:
+        x = x + self.attn(self.ln_1(x), cache, start)
         return x + self.mlp(self.ln_2(x))
-
-
-LOSS_BY_ROWS = nn.LinearCrossEntropyOptions(chunking_method=None, batch_chunk_size=512)
 
 
 class GPT(nn.Module):
@@ -141,19 +173,20 @@ class GPT(nn.Module):
             for projection in (module.attn.c_proj, module.mlp.c_proj):
                 nn.init.normal_(projection.weight, std=0.02 / math.sqrt(2 * self.config.n_layer))
 
-    def hidden(
-        self, tokens: Tensor, cache: KVCache | None = None, positions: Tensor | None = None, mask: Tensor | None = None
-    ) -> Tensor:
-        """(B, T) tokens to (B, T, C), after the final LayerNorm. Raises ValueError when T exceeds block_size. With a
-        `cache`, keys and values are written at `positions` (T,), int64, and a token attends to the entries where `mask`
-        (T, cache length) is true; without a mask, T is the length of the cache (prefill) or 1 (decode)."""
-        T, block_size = tokens.size(1), self.config.block_size
-        if block_size < T:
-            raise ValueError(f"{T} tokens are more than the model's context of {block_size}")
-        position = self.transformer.wpe.weight[:T] if positions is None else self.transformer.wpe(positions)
-        x = self.transformer.drop(self.transformer.wte(tokens) + position)  # (B, T, C)
+    def hidden(self, tokens: Tensor, cache: list[KV] | None = None, start: int = 0) -> Tensor:
+        """(B, T) tokens to (B, T, C), after the final LayerNorm. With a `cache`, one pair a layer, the tokens are those
+        of the positions from `start` on; unless that is 0, T must be 1. Raises ValueError past the context."""
+        end = start + tokens.size(1)
+        if end > self.config.block_size:
+            raise ValueError(f"{end} tokens are more than the model's context of {self.config.block_size}")
+        x = self.transformer.wte(tokens) + self.transformer.wpe.weight[start:end]
+        x = self.transformer.drop(x)
+        device = x.device.type
+        if self.training and torch.is_autocast_enabled(device):
+            # As in llm.c: half the memory traffic of float32, and no measurable difference in the loss.
+            x = x.to(torch.get_autocast_dtype(device))
         for i, block in enumerate(self.transformer.h):
-            x = block(x) if cache is None else block(x, cache[i], positions, mask)
+            x = block(x, cache[i] if cache else None, start)
         return self.transformer.ln_f(x)
 
     def logits(self, x: Tensor) -> Tensor:
@@ -166,13 +199,14 @@ class GPT(nn.Module):
         x = self.hidden(tokens)
         if targets is None:
             return self.logits(x)
-        weight, device = self.transformer.wte.weight, x.device.type
+        weight = self.transformer.wte.weight
         bias = torch.zeros(len(weight), device=x.device)
         bias[self.config.vocab_size :] = -math.inf  # keeps the padding rows out of the softmax
-        # A micro-batch's logits would be the largest tensor of all; by rows, only 512 tokens' logits exist at a time.
-        # Compiled, the plain form is fused and as good; in half precision, rows would round the loss itself.
-        plain = device != "cpu" or torch.compiler.is_compiling() or torch.is_autocast_enabled(device)
-        options = None if plain else LOSS_BY_ROWS
+        # A micro-batch's logits would be the largest tensor of all. In eager float32 on a CPU, only those of 512 tokens
+        # exist at a time. Compiled, the plain form is fused and as good; in half precision, parts would round the loss.
+        options = None
+        if x.device.type == "cpu" and not torch.compiler.is_compiling() and not torch.is_autocast_enabled("cpu"):
+            options = nn.LinearCrossEntropyOptions(chunking_method=None, batch_chunk_size=512)
         return F.linear_cross_entropy(
             x.flatten(0, 1), weight, targets.flatten(), linear_bias=bias, ignore_index=-1, options=options
         )
@@ -180,36 +214,57 @@ class GPT(nn.Module):
     def score(self, tokens: Tensor, targets: Tensor) -> Tensor:
         """(B, T) tokens and int64 targets (-1: not scored) -> (2, B) float32: per row, the summed loss in nats and how
         many of the targets were the most likely token."""
-        scored, weight, vocab_size = targets >= 0, self.transformer.wte.weight, self.config.vocab_size
-        # Subtracting the mean does not change the softmax, and smaller logits lose less in bfloat16.
-        logits = F.linear(self.hidden(tokens)[scored], weight - weight[:vocab_size].mean(dim=0))
-        logits = logits[:, :vocab_size].float()  # (targets scored, vocab_size)
+        scored = targets >= 0
+        # Centered: the same softmax, and smaller logits, of which bfloat16 loses less.
+        weight = self.transformer.wte.weight - mean_embedding(self)
+        logits = F.linear(self.hidden(tokens)[scored], weight)
+        logits = logits[:, : self.config.vocab_size].float()  # (targets scored, vocab_size)
         scores = torch.zeros(2, *targets.shape, device=tokens.device)
         scores[0, scored] = F.cross_entropy(logits, targets[scored], reduction="none")
         scores[1, scored] = (logits.argmax(dim=1) == targets[scored]).float()
         return scores.sum(dim=2)
 
 
+def pad(rows: list[Tensor], counts: list[int]) -> tuple[Tensor, Tensor]:
+    """Rows of tokens, int64 and of different lengths, of which the last `counts` are scored, as the (B, T) tokens and
+    targets of `GPT.score`."""
+    tokens = torch.zeros(len(rows), max(map(len, rows)) - 1, dtype=torch.int64)
+    targets = torch.full_like(tokens, -1)
+    for i, (row, count) in enumerate(zip(rows, counts, strict=True)):
+        end = len(row) - 1
+        tokens[i, :end] = row[:-1]
+        targets[i, end - count : end] = row[-count:]
+    return tokens, targets
+
+
+def mean_embedding(model: GPT) -> Tensor:
+    """(C,) the mean of the token embeddings. Subtracting it from each moves all logits of a position alike."""
+    return model.transformer.wte.weight[: model.config.vocab_size].mean(dim=0)
+
+
 @torch.no_grad()
 def center_logits(model: GPT) -> GPT:
     """Move the mean token embedding to the position embeddings, before a cast to bfloat16: the sum of both is the same,
     and the logits of OpenAI's weights, near -100, are then near 0, where they are not rounded to steps of 0.5."""
-    token, position = model.transformer.wte.weight, model.transformer.wpe.weight
-    mean = token[: model.config.vocab_size].mean(dim=0)
-    token[: model.config.vocab_size] -= mean
-    position += mean
+    mean = mean_embedding(model)
+    model.transformer.wte.weight[: model.config.vocab_size] -= mean
+    model.transformer.wpe.weight += mean
     return model
 
 
 @contextmanager
 def evaluation_mode(model: GPT) -> Iterator[None]:
-    """Evaluation mode, without gradients, and without cuDNN's attention, which re-plans for every shape."""
+    """Evaluation mode, without gradients, and without cuDNN's attention, which plans anew for every shape."""
+    was_training = model.training
+    cudnn_attention = torch.backends.cuda.cudnn_sdp_enabled()
     model.eval()
     torch.backends.cuda.enable_cudnn_sdp(False)
-    with torch.no_grad():
-        yield
-    model.train()
-    torch.backends.cuda.enable_cudnn_sdp(True)
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(was_training)
+        torch.backends.cuda.enable_cudnn_sdp(cudnn_attention)
 
 
 def parameter_count(model: GPT) -> int:
@@ -241,6 +296,20 @@ def configure_optimizer(
     return ZeroRedundancyOptimizer(groups, torch.optim.AdamW, **settings)
 
 
+def load_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
+    """Restore the state of an optimizer from `configure_optimizer`. Raises ValueError when it is of another model."""
+    optimizer.load_state_dict(state)
+    local = getattr(optimizer, "optim", optimizer)  # this rank's part of a ZeroRedundancyOptimizer
+    if local is not optimizer:
+        optimizer.state.clear()  # a second copy of it
+    for group in local.param_groups:
+        for parameter in group["params"]:
+            moments = local.state[parameter]
+            moments["step"] = moments["step"].to(parameter.device)  # ZeroRedundancyOptimizer puts it on the CPU
+            if moments["exp_avg"].shape != parameter.shape:
+                raise ValueError("the optimizer's state does not fit the model")
+
+
 # Devices
 
 DEVICES = ("auto", "cuda", "mps", "cpu")
@@ -250,10 +319,11 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 def choose_device(name: str) -> torch.device:
     """The device for one of DEVICES; "auto" takes the first available. Raises ValueError if it is not available."""
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    kind = next(kind for kind in available if available[kind]) if name == "auto" else name
-    if not available[kind]:
-        raise ValueError(f"--device {kind} is not available here, or not in this build of PyTorch; use --device auto")
-    return torch.device(kind)
+    if name == "auto":
+        name = next(kind for kind in available if available[kind])
+    if not available[name]:
+        raise ValueError(f"--device {name} is not available here, or not in this build of PyTorch; use --device auto")
+    return torch.device(name)
 
 
 def choose_dtype(name: str, device: torch.device, training: bool = False) -> torch.dtype:
@@ -264,17 +334,26 @@ def choose_dtype(name: str, device: torch.device, training: bool = False) -> tor
     if name != "auto":
         return getattr(torch, name)
     if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-    features = torch.cpu.get_capabilities() if training and device.type == "cpu" else {}
-    return torch.bfloat16 if features.get("avx512_bf16") or features.get("amx_bf16") else torch.float32
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if native else torch.float16
+    if device.type == "cpu" and training:
+        features = torch.cpu.get_capabilities()
+        if features.get("avx512_bf16") or features.get("amx_bf16"):
+            return torch.bfloat16
+    return torch.float32
 
 
-# Peak TFLOP/s by CUDA's name for the card, from the data sheets: bfloat16 and float16 (dense), float32
-PEAK_TFLOPS = {
-    "NVIDIA A100-SXM4-40GB": (312, 19.5), "NVIDIA A100-SXM4-80GB": (312, 19.5), "NVIDIA A100-PCIE-40GB": (312, 19.5),
-    "NVIDIA H100 80GB HBM3": (989, 67), "NVIDIA H100 PCIe": (756, 51), "NVIDIA H200": (989, 67),
-    "NVIDIA B200": (2250, 75), "NVIDIA L40S": (362, 91.6), "NVIDIA GeForce RTX 4090": (165.2, 82.6),
-}  # fmt: skip
+# Peak FLOP/s in bfloat16 and float16 (dense, from the data sheets), by CUDA's name for the card
+PEAK_FLOPS = {
+    "NVIDIA A100-SXM4-40GB": 312e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA H100 80GB HBM3": 989e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA B200": 2250e12,
+    "NVIDIA L40S": 362e12,
+    "NVIDIA GeForce RTX 4090": 165.2e12,
+}
 
 
 # A model is a directory
@@ -293,44 +372,37 @@ GPT2_SETTINGS = {
 }
 
 
-def checkpoints(out: Path) -> list[Path]:
-    """The checkpoints of a run, `step_NNNNNN`, oldest first."""
-    found = [path for path in out.glob("step_*") if path.name[5:].isdecimal()]  # one ending in .tmp is incomplete
-    return sorted(found, key=lambda path: int(path.name[5:]))
-
-
-def newest_checkpoint(out: Path, intact: Callable[[Path], bool]) -> Path | None:
-    """A run's newest `intact` checkpoint, or None."""
-    return next(filter(intact, reversed(checkpoints(out))), None)
-
-
-def newest_run(directory: Path) -> Path:
-    """The run written to most recently: `directory` itself or one directly below it; `directory` if there is none."""
-    runs = [run for run in (directory, *directory.glob("*/")) if checkpoints(run)]
-    return max(runs, key=lambda run: run.stat().st_mtime, default=directory)
-
-
 def save_model(model: GPT, directory: str | Path, tokenizer: str = "gpt2") -> None:
     """Write `model.safetensors` (float32, linear weights as (in, out) like OpenAI's release, no padding rows) and
     `config.json` to `directory`, which is created if missing. `tokenizer` is the name that `read_config` returns."""
-    directory, config, tensors = Path(directory), model.config, {}
+    directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
+    config = model.config
+    tensors = {}
     for name, tensor in model.state_dict().items():
         if name == "transformer.wte.weight":
             tensor = tensor[: config.vocab_size]
-        tensor = tensor.t() if name.endswith(TRANSPOSED) else tensor
+        if name.endswith(TRANSPOSED):
+            tensor = tensor.t()
         tensors[name] = tensor.to("cpu", torch.float32).contiguous()
-    described = GPT2_SETTINGS | {
-        "architectures": ["GPT2LMHeadModel"],
-        "tokenizer": tokenizer,
-        **dict.fromkeys(("n_positions", "n_ctx"), config.block_size),  # the second is for llama.cpp
-        **{name: getattr(config, name) for name in ("vocab_size", "n_layer", "n_head", "n_embd")},
-        **dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), config.dropout),
-        **dict.fromkeys(("bos_token_id", "eos_token_id"), config.vocab_size - 1),  # <|endoftext|>, the last token
-    }
     # transformers reads the metadata's "format" and refuses a file without it.
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
-    (directory / "config.json").write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
+    settings = GPT2_SETTINGS | {
+        "architectures": ["GPT2LMHeadModel"],
+        "tokenizer": tokenizer,
+        "n_positions": config.block_size,
+        "n_ctx": config.block_size,  # for llama.cpp
+        "vocab_size": config.vocab_size,
+        "n_layer": config.n_layer,
+        "n_head": config.n_head,
+        "n_embd": config.n_embd,
+        "embd_pdrop": config.dropout,
+        "attn_pdrop": config.dropout,
+        "resid_pdrop": config.dropout,
+        "bos_token_id": config.vocab_size - 1,  # <|endoftext|>, the last token
+        "eos_token_id": config.vocab_size - 1,
+    }
+    (directory / "config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     shutil.copymode(directory / "config.json", directory / "model.safetensors")  # safetensors makes its file private
 
 
@@ -340,10 +412,13 @@ def read_config(directory: str | Path) -> tuple[GPTConfig, str]:
     path = Path(directory) / "config.json"
     try:
         settings = {"model_type": None} | json.loads(path.read_text(encoding="utf-8"))
-        sizes = [settings[name] for name in ("n_positions", "vocab_size", "n_layer", "n_head", "n_embd")]
-        if not all(type(size) is int and 1 <= size < 2**24 for size in sizes) or settings["n_layer"] > 1000:
-            raise ValueError(f"its sizes are {sizes}")
-        config = GPTConfig(*sizes)  # the same five, in this order
+        config = GPTConfig(
+            block_size=settings["n_positions"],
+            vocab_size=settings["vocab_size"],
+            n_layer=settings["n_layer"],
+            n_head=settings["n_head"],
+            n_embd=settings["n_embd"],
+        )
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{path} does not describe a GPT-2: {error!r}") from error
     for name, wanted in GPT2_SETTINGS.items():
@@ -352,23 +427,34 @@ def read_config(directory: str | Path) -> tuple[GPTConfig, str]:
     return config, str(settings.get("tokenizer", "gpt2"))
 
 
-def load_model(directory: str | Path, dropout: float = 0.0) -> GPT:
-    """The model in a directory of the hub's layout, in float32 on the CPU and in eval mode. Raises FileNotFoundError
-    when there is none, ValueError when the files are damaged or not a GPT-2's."""
-    path, state = Path(directory) / "model.safetensors", {}
+def load_model(directory: str | Path, dropout: float = 0.0, vocab_size: int | None = None) -> GPT:
+    """The model in a directory of the hub's layout, in float32 on the CPU and in eval mode; of its vocabulary the first
+    `vocab_size` tokens, if given. Raises FileNotFoundError when there is none, ValueError when the files are damaged or
+    not a GPT-2's."""
+    path = Path(directory) / "model.safetensors"
     config, _ = read_config(directory)
+    vocab_size = vocab_size or config.vocab_size
+    if vocab_size > config.vocab_size:
+        raise ValueError(f"{directory} has a vocabulary of {config.vocab_size} tokens; {vocab_size} are needed")
+    state = {}
     try:
         for key, tensor in load_file(path).items():
             if key.endswith((".attn.bias", ".attn.masked_bias", "lm_head.weight")):
                 continue  # the attention mask, and a second copy of the shared matrix
             name = "transformer." + key.removeprefix("transformer.")  # the hub's gpt2 has no prefix
-            if name in state or not tensor.is_floating_point() or not (values := tensor.float()).isfinite().all():
-                raise ValueError(f"{key} must occur exactly once and hold only finite floating-point numbers")
+            if name in state:
+                raise ValueError(f"{key} occurs twice")
+            if not tensor.is_floating_point() or not tensor.float().isfinite().all():
+                raise ValueError(f"{key} must hold only finite floating-point numbers")
             if name == "transformer.wte.weight":
-                values = F.pad(values, (0, 0, 0, -config.vocab_size % 128))
-            state[name] = (values.t() if name.endswith(TRANSPOSED) else values).contiguous()
+                if len(tensor) != config.vocab_size:
+                    raise ValueError(f"{key} has {len(tensor)} rows")
+                tensor = F.pad(tensor[:vocab_size], (0, 0, 0, -vocab_size % 128))
+            if name.endswith(TRANSPOSED):
+                tensor = tensor.t()
+            state[name] = tensor.float().contiguous()
         with torch.device("meta"):  # skips an initialization that the file would overwrite
-            model = GPT(replace(config, dropout=dropout))
+            model = GPT(replace(config, dropout=dropout, vocab_size=vocab_size))
         model.load_state_dict(state, assign=True)
     except (SafetensorError, RuntimeError, ValueError) as error:
         problem = " ".join(str(error).split())[:300]  # PyTorch may list every tensor
@@ -379,21 +465,11 @@ def load_model(directory: str | Path, dropout: float = 0.0) -> GPT:
 # Generation
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`F.linear`, (..., in) to (..., out), faster for the few rows of CPU generation: W x^T, with a single row
-    repeated, since BLAS may run a matrix-vector product on one thread."""
-    rows = x.numel() // x.size(-1)
-    if torch.is_grad_enabled() or rows > 8 or x.device.type != "cpu" or x.dtype != torch.float32:
-        return F.linear(x, weight, bias)
-    columns = x.reshape(rows, -1).repeat(2 if rows == 1 else 1, 1).t()  # (in, columns)
-    y = weight @ columns if bias is None else torch.addmm(bias[:, None], weight, columns)  # (out, columns)
-    return y[:, :rows].t().contiguous().view(*x.shape[:-1], -1)
-
-
 def probabilities(logits: Tensor, temperature: float, top_k: int | None, top_p: float | None) -> tuple[Tensor, Tensor]:
     """(B, V) logits to (B, K) float32 probabilities of the next token, in descending order, and their (B, K) int64
     tokens: the `top_k` most likely, and of these the fewest that reach `top_p`. None: no limit."""
-    logits, vocab_size = logits.float() / temperature, logits.size(-1)
+    vocab_size = logits.size(-1)
+    logits = logits.float() / temperature
     logits, tokens = logits.topk(min(top_k or vocab_size, vocab_size))  # the most likely first
     probs = logits.softmax(dim=-1)
     if top_p is not None and top_p < 1:
@@ -411,13 +487,17 @@ def sample_token(
         return logits.argmax(dim=-1)
     probs, tokens = probabilities(logits, temperature, top_k, top_p)
     # argmax(p / Exponential(1)) is a draw from p, and unlike torch.multinomial it never waits for the GPU.
-    drawn = (probs / torch.empty_like(probs).exponential_(generator=generator)).argmax(dim=-1, keepdim=True)
+    noise = torch.empty_like(probs).exponential_(generator=generator)
+    drawn = (probs / noise).argmax(dim=-1, keepdim=True)
     return tokens.gather(-1, drawn).squeeze(-1)
 
 
-def next_logits(model: GPT, tokens: Tensor, positions: Tensor, cache: KVCache, mask: Tensor | None = None) -> Tensor:
-    """The logits (B, V) of the token after (B, T) tokens at `positions` (T,), given the cached ones before them."""
-    return model.logits(model.hidden(tokens, cache, positions, mask)[:, -1])
+def empty_cache(model: GPT, batch_size: int) -> list[KV]:
+    """Room for the keys and values of a whole context, in each layer."""
+    config = model.config
+    shape = (batch_size, config.n_head, config.block_size, config.n_embd // config.n_head)
+    weight = model.transformer.wte.weight
+    return [(weight.new_zeros(shape), weight.new_zeros(shape)) for _ in range(config.n_layer)]
 
 
 @torch.inference_mode()
@@ -430,35 +510,22 @@ def generate(
     top_p: float | None = None,
     generator: torch.Generator | None = None,
     stop_token: int | None = None,
-    compiled: bool = False,
 ) -> Iterator[Tensor]:
     """Continue prompts of equal length: from (B, T) tokens, yield the next (B,) int64 up to `max_new_tokens` times.
     When the context is full, its second half becomes the new context. A row that has drawn `stop_token` repeats it, and
-    generation ends when every row has. `generator` must be on the model's device; `compiled` compiles the decoding
-    step. The model should be in eval mode. Raises ValueError for an empty prompt, or one longer than the context."""
-    config, weight = model.config, model.transformer.wte.weight
-    if not 1 <= tokens.size(1) <= config.block_size:
-        raise ValueError(f"a prompt must have 1 to {config.block_size} tokens (the context), not {tokens.size(1)}")
-    shape = (len(tokens), config.n_head, config.block_size, config.n_embd // config.n_head)
-    cache = [(weight.new_zeros(shape), weight.new_zeros(shape)) for _ in range(config.n_layer)]
-    positions = torch.arange(config.block_size, device=tokens.device)
-    decode = next_logits
-    if compiled:
-        decode = torch.compile(next_logits, mode="reduce-overhead" if tokens.device.type == "cuda" else None)
-        for stored in itertools.chain(*cache):
-            torch._dynamo.mark_static_address(stored)  # so that CUDA graphs may write to it
-
-    window, cached, token = tokens, False, tokens[:, -1]  # the context, and whether all but its last token are cached
-    finished = torch.zeros_like(token, dtype=torch.bool)
+    generation ends when every row has. `generator` must be on the model's device. The model should be in eval mode.
+    Raises ValueError for an empty prompt, or one longer than the context."""
+    B, T = tokens.shape
+    block_size = model.config.block_size
+    if not 1 <= T <= block_size:
+        raise ValueError(f"a prompt must have 1 to {block_size} tokens (the context), not {T}")
+    cache = empty_cache(model, B)
+    finished = torch.zeros(B, dtype=torch.bool, device=tokens.device)
+    context = tokens
+    start = 0  # so many tokens of the context are cached
     for _ in range(max_new_tokens):
-        T = window.size(1)
-        filled = [(k[:, :, :T], v[:, :, :T]) for k, v in cache]
-        if not cached:  # prefill: read the whole window
-            logits = next_logits(model, window, positions[:T], filled)
-        elif compiled:  # decode the newest token; all sizes stay the same
-            logits = decode(model, token[:, None], positions[T - 1 : T], cache, (positions < T)[None])
-        else:
-            logits = decode(model, token[:, None], positions[T - 1 : T], filled)
+        x = model.hidden(context[:, start:], cache, start)
+        logits = model.logits(x[:, -1])
         token = sample_token(logits, temperature, top_k, top_p, generator)
         if stop_token is not None:
             token = token.masked_fill(finished, stop_token)
@@ -466,5 +533,8 @@ def generate(
         yield token
         if stop_token is not None and finished.all():
             return
-        cached = config.block_size > T
-        window = torch.cat((window if cached else window[:, T - T // 2 :], token[:, None]), dim=1)
+        start = context.size(1)
+        if start == block_size:  # full: its second half is read again, at positions from 0 on
+            context = context[:, block_size - block_size // 2 :]
+            start = 0
+        context = torch.cat((context, token[:, None]), dim=1)

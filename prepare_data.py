@@ -12,16 +12,18 @@ contains and how far the shards reach; `SHA256SUMS` covers the shards, and meta.
 """
 
 import argparse
-import fcntl
+import codecs
 import gzip
 import hashlib
 import itertools
 import json
+import math
 import os
 import re
 import shlex
 import shutil
 import sys
+import tempfile
 import threading
 import time
 from collections import deque
@@ -31,27 +33,25 @@ from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import IO, Any, NamedTuple
+from urllib.parse import urlsplit
 
 try:
+    import fcntl
+
     import numpy as np
     import requests
     import tiktoken
     from urllib3.exceptions import HTTPError
     from urllib3.util import Retry
 except ImportError as error:
-    sys.exit(f"prepare_data.py: error: {error}; pip install -r requirements.txt")
-
-HUB_DATASETS = {"fineweb-edu": "HuggingFaceFW/fineweb-edu", "fineweb": "HuggingFaceFW/fineweb"}
-OPENAI_MODELS = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
-MODEL_FILES = ("model.safetensors", "config.json")
-VOCAB_SIZES = {"gpt2": 50257, "byte": 257}  # of the tokenizers
-FORMATS = (".txt", ".jsonl", ".jsonl.gz", ".parquet")
-SHARD_MAGIC, SHARD_VERSION, HEADER_BYTES = 20240520, 1, 1024
-COUNTS = ("shards", "documents", "tokens", "bytes")  # of each split, in meta.json
+    advice = "on Windows, use WSL" if error.name == "fcntl" else "pip install -r requirements.txt"
+    sys.exit(f"{Path(sys.argv[0]).name}: error: {error}; {advice}")
 
 # Tokenizers
 
-
+VOCAB_SIZES = {"gpt2": 50257, "byte": 257}
+TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer_config.json")
+END_OF_TEXT = "<|endoftext|>"
 # GPT-2's pattern with all but the lookahead in one group, which tiktoken's regular expressions match much faster.
 GPT2_PATTERN = r"(?:'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+$)|\s+(?!\S)|\s"
 
@@ -61,14 +61,18 @@ def get_tokenizer(name: str, thread: int = 0) -> tiktoken.Encoding:
     """The tokenizer "gpt2", fetched once, or "byte": the 256 bytes of UTF-8, and <|endoftext|>. Threads that shared one
     would wait for its scratch memory, so each asks for its own. Raises OSError."""
     if name == "byte":
-        pattern, ranks, special = r"(?s:.{1,512})", {bytes([i]): i for i in range(256)}, {"<|endoftext|>": 256}
+        pattern = r"(?s:.{1,512})"
+        ranks = {bytes([byte]): byte for byte in range(256)}
+        special = {END_OF_TEXT: 256}
     else:
         status("loading GPT-2's tokenizer")
-        with fetching(
-            "GPT-2's tokenizer", "connect to the Internet, or set TIKTOKEN_CACHE_DIR to a cache that contains it"
-        ):
-            published = begin(tiktoken.get_encoding, name).result(timeout=120)  # tiktoken has no timeout of its own
-        pattern, ranks, special = GPT2_PATTERN, published._mergeable_ranks, published._special_tokens
+        advice = "connect to the Internet, or set TIKTOKEN_CACHE_DIR to a cache that contains it"
+        with fetching("GPT-2's tokenizer", advice):
+            # In a thread, since tiktoken has no timeout of its own.
+            published = begin(tiktoken.get_encoding, name).result(timeout=120)
+        pattern = GPT2_PATTERN
+        ranks = published._mergeable_ranks
+        special = published._special_tokens
     return tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
 
 
@@ -80,10 +84,79 @@ def token_bytes(tokenizer: tiktoken.Encoding) -> np.ndarray:
     return np.array(sizes, dtype=np.uint16)
 
 
+def last_merge(token: bytes, ranks: dict[bytes, int]) -> list[bytes]:
+    """The two parts whose merge makes a token, the last that byte-pair encoding leaves of it; a byte is one part."""
+    parts = [bytes([byte]) for byte in token]
+    while len(parts) > 2:
+        merged = [ranks.get(a + b, math.inf) for a, b in itertools.pairwise(parts)]
+        first = merged.index(min(merged))
+        parts[first : first + 2] = [parts[first] + parts[first + 1]]
+    return parts
+
+
+@cache
+def tokenizer_files(tokenizer: tiktoken.Encoding, block_size: int) -> dict[str, str]:
+    """The tokenizer's files by name, as GPT-2 has them and transformers reads them. Bytes are spelled as characters:
+    the printable ones as in Latin-1, the others from chr(256) on."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    spelling = dict(zip(printable + others, [*printable, *range(256, 324)], strict=True))
+    ranks = {tokenizer.decode_single_token_bytes(token): token for token in range(tokenizer.eot_token)}
+    vocab = {}
+    merges = ["#version: 0.2"]
+    for token, rank in ranks.items():
+        parts = ["".join(chr(spelling[byte]) for byte in part) for part in last_merge(token, ranks)]
+        vocab["".join(parts)] = rank
+        if len(parts) == 2:
+            merges.append(" ".join(parts))
+    vocab[END_OF_TEXT] = tokenizer.eot_token
+    config = {"tokenizer_class": "GPT2Tokenizer", "add_prefix_space": False, "model_max_length": block_size}
+    config |= dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT)
+    texts = (json.dumps(vocab), "\n".join(merges) + "\n", json.dumps(config))
+    return dict(zip(TOKENIZER_FILES, texts, strict=True))
+
+
 # Documents
 
+FORMATS = (".txt", ".jsonl", ".jsonl.gz", ".parquet")
 BATCH_CHARACTERS = 1 << 18  # the position in meta.json counts batches of this size
 MOST_BYTES = 1 << 30  # of a document, which is held in memory
+
+
+def read_lines(path: Path) -> Iterator[bytes]:
+    """The lines of a file that may be compressed, without a byte-order mark at its beginning."""
+    with gzip.open(path) if path.name.lower().endswith(".gz") else open(path, "rb") as file:
+        if file.peek(3)[:3] == codecs.BOM_UTF8:
+            file.read(3)
+        # A line longer than a document may be is cut, and then refused.
+        yield from iter(lambda: file.readline(MOST_BYTES + 1), b"")
+
+
+def read_txt(path: Path) -> Iterator[str]:
+    """The documents of a text file, which <|endoftext|> separates. A line break behind it belongs to it."""
+    document = []
+    size = 0
+    for line in read_lines(path):
+        *ends, rest = line.split(END_OF_TEXT.encode())
+        for end in ends:
+            yield b"".join([*document, end]).decode()
+            document = []
+            size = 0
+        if ends and rest in (b"\n", b"\r\n"):
+            continue
+        document.append(rest)
+        size += len(rest)
+        if size > MOST_BYTES:
+            break
+    yield b"".join(document).decode()
+
+
+def read_jsonl(path: Path) -> Iterator[Any]:
+    """The field "text" of each line; None for a blank one."""
+    for line in read_lines(path):
+        if len(line) > MOST_BYTES:
+            yield "x" * len(line)  # too large, as the caller finds
+        yield read_object(line, "it").get("text", 0) if line.strip() else None
 
 
 def read_parquet(path: Path) -> Iterator[Any]:
@@ -95,59 +168,65 @@ def read_parquet(path: Path) -> Iterator[Any]:
 
 
 def read_texts(path: Path) -> Iterator[str]:
-    """The documents of a file. Raises ValueError, naming the line, for a damaged, non-Unicode or oversized one."""
-    name, line, too_large = path.name.lower(), 1, f"a document may be at most {MOST_BYTES:,} bytes"
-
-    def parse(row: bytes) -> Any:
-        if len(row) > MOST_BYTES:
-            raise ValueError(too_large)
-        if name.endswith(".txt"):
-            return row.decode()
-        return read_object(row, "it").get("text", 0) if row.strip() else None  # a blank line is no document
-
+    """The documents of a file; an empty text for none. Raises ValueError, naming the line, for a damaged, non-Unicode
+    or oversized one."""
+    name = path.name.lower()
+    read = read_jsonl
+    if name.endswith(".txt"):
+        read = read_txt
+    if name.endswith(".parquet"):
+        read = read_parquet
+    number = 1
+    separators = 0
     try:
-        if name.endswith(".parquet"):
-            texts = read_parquet(path)
-        else:
-            file = gzip.open(path) if name.endswith(".gz") else open(path, "rb")
-            read = file.read if name.endswith(".txt") else file.readline
-            texts = map(parse, iter(lambda: read(MOST_BYTES + 1), b""))
-        for text in texts:
+        for text in read(path):
             if not isinstance(text, str | None):
                 raise ValueError('each document must have a string called "text"')
-            if len((text or "").encode()) > MOST_BYTES:  # or this fails: JSON can spell half a character
-                raise ValueError(too_large)
-            yield text or ""
-            line += 1
+            text = text or ""
+            if len(text.encode()) > MOST_BYTES:  # or this fails: JSON can spell half a character
+                raise ValueError(f"a document may be at most {MOST_BYTES:,} bytes")
+            yield text
+            number += 1
+            separators += text.count(END_OF_TEXT)
     except Exception as error:  # of the file system, zlib, JSON, pyarrow, ...
-        where = f", line {line:,}," if ".jsonl" in name else ""
-        raise ValueError(f"{path}{where} cannot be read: {str(error) or type(error).__name__}") from error
+        where = f"{path}, line {number:,}," if ".jsonl" in name else path
+        raise ValueError(f"{where} cannot be read: {str(error) or type(error).__name__}") from error
+    if separators:
+        say(f"warning: {path} has {separators:,} {END_OF_TEXT} in its texts, kept as ordinary text", sys.stderr)
 
 
 def read_batches(path: Path) -> Iterator[list[str]]:
-    """The documents of a file that are neither empty nor null, in batches of at least BATCH_CHARACTERS."""
-    batch, length = [], 0
+    """The documents of a file that are not empty, in batches of at least BATCH_CHARACTERS."""
+    batch = []
+    length = 0
     for text in filter(None, read_texts(path)):
         batch.append(text)
         length += len(text)
         if length >= BATCH_CHARACTERS:
             yield batch
-            batch, length = [], 0
+            batch = []
+            length = 0
     yield batch
 
 
-def tokenize(texts: list[str], tokenizer: tiktoken.Encoding) -> np.ndarray:
-    """The tokens of documents, (n,) uint16, each preceded by <|endoftext|>; within a document that is ordinary text.
-    tiktoken's regular expression overflows its stack on a few hundred thousand spaces in a row, so long texts are cut
-    before the last character of each long run. GPT-2's pattern splits there anyway: the tokens stay the same."""
+def cut_white_space(text: str) -> list[str]:
+    """A text in parts that have the same tokens. tiktoken's regular expression overflows its stack on a few hundred
+    thousand spaces in a row, so cut before the last character of each long run, where GPT-2's pattern splits anyway."""
+    if len(text) < 100_000:
+        return [text]
     space = r"[^\S\x1c-\x1f]"  # \x1c to \x1f are white space for Python, and not for Rust
-    run = rf"(?<!{space}){space}{{1000,}}+(?=.)"  # but not at the end of a text
+    long_run = rf"(?<!{space}){space}{{1000,}}+(?=.)"  # but not at the end of a text
+    cuts = [match.end() - 1 for match in re.finditer(long_run, text, re.DOTALL)]
+    return [text[start:end] for start, end in itertools.pairwise([0, *cuts, len(text)])]
+
+
+def tokenize(texts: list[str], tokenizer: tiktoken.Encoding) -> np.ndarray:
+    """The tokens of documents, (n,) uint16, each preceded by <|endoftext|>; within a document that is ordinary text."""
     pieces = [[]]
     for text in texts:
-        cuts = [match.end() - 1 for match in re.finditer(run, text, re.DOTALL)] if len(text) > 100_000 else []
         pieces.append([tokenizer.eot_token])
-        for start, end in itertools.pairwise([0, *cuts, len(text)]):
-            pieces.append(tokenizer.encode_to_numpy(text[start:end], disallowed_special=()))
+        for part in cut_white_space(text):
+            pieces.append(tokenizer.encode_to_numpy(part, disallowed_special=()))
     return np.concatenate(pieces, dtype=np.uint16, casting="unsafe")
 
 
@@ -155,36 +234,58 @@ def tokenize(texts: list[str], tokenizer: tiktoken.Encoding) -> np.ndarray:
 
 
 class RawFile(NamedTuple):
-    """A file to read: downloaded from `url`, or local if that is empty. Size in bytes; sha256 in hex, "" if unknown."""
+    """A file to read: a local one, or if it has a `url`, one to download; a url that begins with "/" is on the hub."""
 
     name: str
-    size: int
-    sha256: str = ""
+    size: int  # in bytes
+    sha256: str = ""  # in hex, "" if unknown
     url: str = ""
+    modified: int = 0  # when a local file was last modified, in nanoseconds
 
 
 def hub_address() -> str:
-    return os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
+    """The hub's address. Raises ValueError, without repeating it, if HF_ENDPOINT is not one."""
+    address = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
+    parts = urlsplit(address)
+    if parts.scheme not in ("http", "https") or not parts.hostname or "@" in address:
+        raise ValueError("HF_ENDPOINT must be an address like https://huggingface.co, without a password")
+    return address
 
 
 def get(url: str, first: int = 0) -> requests.Response:
     """Request a page, or a file from byte `first` on, with HF_TOKEN for the hub alone. Raises RequestException."""
-    on_status = {"status_forcelist": (408, 429, 500, 502, 503, 504), "raise_on_status": False}
-    retries = Retry(8, connect=2, read=2, backoff_factor=1, backoff_max=60, retry_after_max=60, **on_status)
-    session = requests.Session()
-    session.mount("http://", requests.adapters.HTTPAdapter(max_retries=retries))
-    session.mount("https://", requests.adapters.HTTPAdapter(max_retries=retries))
-    session.auth = lambda request: request  # or requests would replace the token with .netrc's
-    headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={first}-"} if first else {})
+    hub = hub_address()
+    if url.startswith("/"):
+        url = hub + url
+    headers = {"Accept-Encoding": "identity"}
+    if first:
+        headers["Range"] = f"bytes={first}-"
     token = os.environ.get("HF_TOKEN", "").strip()
-    if token and url.startswith(hub_address() + "/"):
+    if token and url.startswith(hub + "/"):
         if not re.fullmatch("[!-~]+", token):
             raise ValueError("HF_TOKEN contains characters that no token has; copy it again")
         headers["Authorization"] = f"Bearer {token}"
+    retries = Retry(
+        8,
+        connect=2,
+        read=2,
+        status_forcelist=(408, 429, 500, 502, 503, 504),
+        raise_on_status=False,
+        backoff_factor=1,
+        backoff_max=60,
+        retry_after_max=60,
+    )
+    session = requests.Session()
+    session.mount("http://", requests.adapters.HTTPAdapter(max_retries=retries))
+    session.mount("https://", requests.adapters.HTTPAdapter(max_retries=retries))
     response = session.get(url, headers=headers, stream=True, timeout=(10, 30))
     if response.status_code not in (200, 206):
         raise requests.HTTPError(response=response)
     return response
+
+
+# What another attempt cannot change: a refusal, redirects that lead nowhere, or an address that is none.
+HOPELESS = (requests.HTTPError, requests.TooManyRedirects, ValueError)
 
 
 @contextmanager
@@ -193,32 +294,41 @@ def fetching(name: str, advice: str = "run the same command again to continue") 
     try:
         yield
     except (requests.RequestException, HTTPError, TimeoutError) as error:
-        code = error.response.status_code if isinstance(error, requests.HTTPError) else 0
-        if code in (401, 403):
-            advice = "set HF_TOKEN to a token with access"
-        elif 400 <= code < 500 and code not in (408, 429):
-            advice = "check --subset and HF_ENDPOINT, if you set them"
-        problem = f"the server answered {code}" if code else type(error).__name__
+        problem = type(error).__name__
+        if isinstance(error, HOPELESS):
+            advice = "check --subset, HF_ENDPOINT and your proxy, if you set them"
+        if isinstance(error, requests.HTTPError):
+            code = error.response.status_code
+            problem = f"the server answered {code}"
+            if code in (401, 403):
+                advice = "set HF_TOKEN to a token with access"
+            if code in (408, 429) or code >= 500:
+                advice = "run the same command again later"
         raise OSError(f"{name} could not be fetched: {problem}; {advice}") from error
 
 
 def list_hub(repository: str, folder: str = "") -> list[RawFile]:
     """List a folder of `datasets/OWNER/NAME` or `models/OWNER/NAME` on the hub. Raises OSError or ValueError."""
-    name, pages, files = f"list of {repository}{folder}", [], []
-    url = f"{hub_address()}/api/{repository}/tree/main{folder}"
-    base = f"{hub_address()}/{repository.removeprefix('models/')}/resolve/main"
+    name = f"list of {repository}{folder}"
     status(f"fetching the {name}")
+    base = f"/{repository.removeprefix('models/')}/resolve/main"
+    url = f"/api/{repository}/tree/main{folder}"
+    deadline = time.monotonic() + 60
+    files = set()
     while url:
-        if len(pages) == 100:
-            raise OSError(f"the {name} never ends; does HF_ENDPOINT point to a hub?")
+        page = b""
         with fetching(f"the {name}"), get(url) as response:
-            pages.append(begin(response.raw.read, 1 << 22).result(timeout=60))
+            for piece in iter(lambda: response.raw.read1(1 << 16), b""):
+                page += piece
+                if time.monotonic() > deadline:
+                    raise TimeoutError
             url = response.links.get("next", {}).get("url")
-    with reading(name):
-        for entry in itertools.chain(*map(json.loads, pages)):
-            path, sha256 = str(entry["path"]), str((entry.get("lfs") or {}).get("oid", ""))
-            files.append(RawFile(path, int(entry["size"]), sha256, f"{base}/{path}"))
-    return sorted(set(files))
+        with reading(name):
+            for entry in json.loads(page):
+                lfs = entry.get("lfs") or {}
+                path = str(entry["path"])
+                files.add(RawFile(path, int(entry["size"]), str(lfs.get("oid", "")), f"{base}/{path}"))
+    return sorted(files)
 
 
 def receive(file: RawFile, out: IO[bytes]) -> None:
@@ -226,11 +336,13 @@ def receive(file: RawFile, out: IO[bytes]) -> None:
     with get(file.url, out.tell()) as response:
         if response.status_code != 206:
             out.truncate(0)
-        while (have := out.seek(0, os.SEEK_END)) < file.size and (piece := response.raw.read1(1 << 20)):
-            out.write(piece)  # whatever has arrived
+        have = out.seek(0, os.SEEK_END)
+        while have < file.size:
+            piece = response.raw.read1(1 << 20)  # whatever has arrived
+            if not piece:
+                raise requests.ConnectionError("the server closed the connection early")
+            have += out.write(piece)
             status(f"fetching {file.name}: {have / 1e6:,.0f} of {file.size / 1e6:,.0f} MB")
-    if have < file.size:
-        raise requests.ConnectionError("the server closed the connection early")
 
 
 def download(file: RawFile, path: Path) -> Path:
@@ -242,18 +354,18 @@ def download(file: RawFile, path: Path) -> Path:
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
-    descriptor = os.open(part, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o666)
-    with fetching(file.name), open(descriptor, "ab") as out:
-        furthest, failures = out.tell(), 0
+    with fetching(file.name), writing(part), open(part, "ab") as out:
+        furthest = out.tell()
+        failures = 0
         while out.tell() < file.size:
             try:
                 receive(file, out)
             except (requests.RequestException, HTTPError) as error:
                 failures = 0 if out.tell() > furthest else failures + 1
                 furthest = max(furthest, out.tell())
-                if failures == 8 or isinstance(error, requests.HTTPError):  # the server refuses
+                if failures == 8 or isinstance(error, HOPELESS):
                     raise
-                status(f"fetching {file.name}: {type(error).__name__}; trying again")
+                say(f"fetching {file.name}: {type(error).__name__}; trying again", sys.stderr)
                 time.sleep(min(60.0, 2.0**failures - 1))
     if part.stat().st_size != file.size or file.sha256 not in ("", sha256_of(part)):
         part.unlink()
@@ -262,53 +374,36 @@ def download(file: RawFile, path: Path) -> Path:
     return path
 
 
-def model_directory(name_or_dir: str | Path) -> Path:
-    """The directory of a model, given by path or by OpenAI's name; a name is fetched on first use, by one process for
-    all. Raises FileNotFoundError if there is no such model, ValueError if damaged, OSError if not fetched."""
-    directory = Path(name_or_dir)
-    if all((directory / name).exists() for name in MODEL_FILES):
-        if any((directory / name).exists() for name in ("SHA256SUMS", "trainer.pt")):  # a checkpoint has checksums
-            check_checksums(directory, MODEL_FILES)
-        return directory
-    if str(name_or_dir) not in OPENAI_MODELS:
-        neither = f"neither a directory with {' and '.join(MODEL_FILES)} nor one of {', '.join(OPENAI_MODELS)}"
-        raise FileNotFoundError(f"{name_or_dir} is not a model: {neither}")
-    directory = Path("data/models") / name_or_dir
-    with suppress(OSError, ValueError):
-        check_checksums(directory, MODEL_FILES)
-        return directory
-    with locked(directory, wait=True):  # download() skips what another process has fetched meanwhile
-        files = {file.name: file for file in list_hub(f"models/openai-community/{name_or_dir}")}
-        if not files.keys() >= set(MODEL_FILES):
-            raise OSError(f"the hub lists no {' and '.join(MODEL_FILES)} for {name_or_dir}; check HF_ENDPOINT")
-        for name in MODEL_FILES:
-            download(files[name], directory / name)
-        add_checksums(directory, MODEL_FILES)
-    return directory
-
-
 def tokenize_in_order(
-    files: list[RawFile], paths: list[Path], place: list[int], tokenizer: str, workers: int
+    files: list[RawFile], paths: list[Path], start: list[int], tokenizer_name: str, workers: int
 ) -> Iterator[tuple[list[int], np.ndarray]]:
-    """Yield (place, tokens) for each batch of documents, in order, from `place` = [file, batch] on. Threads tokenize
-    ahead (tiktoken releases the GIL) while one downloads the next file, to its path."""
+    """Yield (place, tokens) for each batch of documents, in order, from the place `start` = [file, batch] on. Threads
+    tokenize ahead (tiktoken releases the GIL) while one downloads the next file, to its path."""
 
     def fetch(index: int) -> Future | None:
         return begin(download, files[index], paths[index]) if index < len(files) else None
 
     def batches() -> Iterator[tuple[list[int], list[str]]]:
-        ahead = fetch(place[0])
-        for index in range(place[0], len(files)):
-            path, ahead = ahead.result(), fetch(index + 1)
-            yield from (([index, i], texts) for i, texts in enumerate(read_batches(path)) if [index, i] >= place)
+        ahead = fetch(start[0])
+        for index in range(start[0], len(files)):
+            path = ahead.result()
+            ahead = fetch(index + 1)
+            for i, texts in enumerate(read_batches(path)):
+                if [index, i] >= start:
+                    yield [index, i], texts
 
     def tokenize_batch(batch: tuple[list[int], list[str]]) -> tuple[list[int], np.ndarray]:
-        return batch[0], tokenize(batch[1], get_tokenizer(tokenizer, threading.get_ident()))
+        place, texts = batch
+        return place, tokenize(texts, get_tokenizer(tokenizer_name, threading.get_ident()))
 
     yield from in_background(tokenize_batch, batches(), workers, 2 * workers)
 
 
 # Shards
+
+SHARD_MAGIC = 20240520
+SHARD_VERSION = 1
+HEADER_BYTES = 1024
 
 
 def read_header(path: Path) -> int:
@@ -316,17 +411,18 @@ def read_header(path: Path) -> int:
     if not path.is_file():
         raise ValueError(f"{path} is missing, or not a regular file")
     with open(path, "rb") as file:
-        magic, version, tokens = np.frombuffer(file.read(12).ljust(12, b"\0"), dtype="<i4").tolist()
+        header = np.frombuffer(file.read(12).ljust(12, b"\0"), dtype="<i4")
+    magic, version, tokens = header.tolist()
     size = path.stat().st_size
-    if (magic, version) != (SHARD_MAGIC, SHARD_VERSION) or tokens < 1 or size != HEADER_BYTES + 2 * tokens:
-        raise ValueError(
-            f"{path} is damaged, empty, or no token shard: {tokens:,} tokens by its header, {size:,} bytes"
-        )
+    whole = tokens >= 1 and size == HEADER_BYTES + 2 * tokens
+    if magic != SHARD_MAGIC or version != SHARD_VERSION or not whole:
+        problem = f"{tokens:,} tokens by its header, {size:,} bytes"
+        raise ValueError(f"{path} is damaged, empty, or no token shard: {problem}")
     return tokens
 
 
 class Split(NamedTuple):
-    """A split's shards, cut into sequences of T + 1 tokens, of which neighbors share one; what is left is not used."""
+    """A split's shards, cut into sequences of T + 1 tokens, of which neighbors share one; a remainder is not used."""
 
     paths: list[Path]
     tokens: list[int]  # in each shard
@@ -341,14 +437,14 @@ class Split(NamedTuple):
 
 def read_meta(directory: Path) -> dict:
     """A data directory's meta.json, with at least "tokenizer" and "vocab_size". Shards without one are taken to be
-    another program's, with GPT-2's tokens. Raises ValueError for incomplete or damaged data."""
+    another program's, with GPT-2's tokens. Raises ValueError for incomplete or damaged data, FileNotFoundError."""
     path = directory / "meta.json"
-    listed = path.name in read_checksums(directory)  # only once the directory is complete
-    if not listed and not path.exists():
+    if not directory.is_dir():
+        raise FileNotFoundError(f"{directory} does not exist; run prepare_data.py, or choose another --data")
+    if path.name not in read_checksums(directory):  # which lists it once the directory is complete
+        if path.exists():
+            raise ValueError(f"{directory} is incomplete; run the same prepare_data.py command again")
         return {"tokenizer": "gpt2", "vocab_size": VOCAB_SIZES["gpt2"]}
-    if not listed:
-        older = "or, if an older version has finished it, sha256sum meta.json *.bin > SHA256SUMS there"
-        raise ValueError(f"{directory} is incomplete; run the same prepare_data.py command again, {older}")
     check_checksums(directory, [path.name])
     meta = read_object(path.read_bytes(), path)
     with reading(path):
@@ -357,17 +453,26 @@ def read_meta(directory: Path) -> dict:
 
 def open_split(directory: Path, name: str, sequence_length: int) -> Split:
     """Read the headers of a split's shards, `*name_*.bin` or llm.c's `*_name.bin`; the split is "train" or "val".
-    Raises ValueError."""
+    Raises ValueError for shards that are missing, damaged, unlisted or too short, FileNotFoundError for none."""
+    meta = read_meta(directory)
     paths = sorted(directory.glob(f"*{name}_*.bin")) or sorted(directory.glob(f"*_{name}.bin"))
-    listed, found = read_checksums(directory), {path.name for path in paths}
-    if listed and (odd := found - listed.keys() | {file for file in listed if file.startswith(f"{name}_")} - found):
-        raise ValueError(f"{directory / min(odd)} is missing, or not in SHA256SUMS; prepare the data again elsewhere")
+    listed = read_checksums(directory).keys()
+    if listed:
+        found = {path.name for path in paths}
+        missing = {file for file in listed if file.startswith(f"{name}_")} - found
+        unlisted = found - listed
+        if missing or unlisted:
+            problem = f"{directory / min(missing | unlisted)} is missing, or not in SHA256SUMS"
+            raise ValueError(f"{problem}; restore it, or prepare the data again elsewhere")
+    if not paths:
+        raise FileNotFoundError(f"{directory} contains no {name} shards; run prepare_data.py, or choose another --data")
     tokens = [read_header(path) for path in paths]
-    first = np.cumsum([0] + [(count - 1) // sequence_length for count in tokens], dtype=np.int64)
+    sequences = [(count - 1) // sequence_length for count in tokens]
+    first = np.cumsum([0, *sequences], dtype=np.int64)
     if first[-1] == 0:
-        advice = "run prepare_data.py, choose another --data, or use a shorter --sequence-length"
-        raise ValueError(f"{directory} has no {name} shards, or too few tokens in them; {advice}")
-    return Split(paths, tokens, first, sequence_length, read_meta(directory)["vocab_size"])
+        problem = f"the {name} shards of {directory} have fewer than {sequence_length + 1} tokens each"
+        raise ValueError(f"{problem}; use more text, or a shorter --sequence-length")
+    return Split(paths, tokens, first, sequence_length, meta["vocab_size"])
 
 
 def read_sequences(split: Split, indices: np.ndarray) -> np.ndarray:
@@ -376,12 +481,14 @@ def read_sequences(split: Split, indices: np.ndarray) -> np.ndarray:
     sequences = np.empty((len(indices), T + 1), dtype=np.int64)
     for row, index in enumerate(indices):
         shard = int(np.searchsorted(split.first, index, side="right")) - 1
-        path, start = split.paths[shard], HEADER_BYTES + 2 * T * int(index - split.first[shard])
+        path = split.paths[shard]
+        start = HEADER_BYTES + 2 * T * int(index - split.first[shard])  # Python's integers do not overflow
         # Not a memory map, whose pages would count as memory of this process and pile up over an epoch.
         tokens = np.fromfile(path, dtype="<u2", count=T + 1, offset=start)
         if len(tokens) <= T:
             raise ValueError(f"{path} was truncated while in use")
-        if (largest := tokens.max()) >= split.vocab_size:
+        largest = tokens.max()
+        if largest >= split.vocab_size:
             raise ValueError(f"{path} contains token {largest}, but the vocabulary has {split.vocab_size} tokens")
         sequences[row] = tokens
     return sequences
@@ -389,113 +496,227 @@ def read_sequences(split: Split, indices: np.ndarray) -> np.ndarray:
 
 # Corpora and evaluation sets
 
-FILES = {  # name, size in bytes, sha256, address
+HUB_DATASETS = {"fineweb-edu": "HuggingFaceFW/fineweb-edu", "fineweb": "HuggingFaceFW/fineweb"}
+FILES = {
     "shakespeare": RawFile(
-        "shakespeare.txt", 1_115_394, "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed",
-        "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"),
+        name="shakespeare.txt",
+        size=1_115_394,
+        sha256="86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed",
+        url="https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
+    ),
     "hellaswag": RawFile(
-        "hellaswag_val.jsonl", 12_246_618, "0aa3b88843990f3f10a97b9575c94d7b71fb2205240ba04ae4884d9e9c992588",
-        "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl"),
+        name="hellaswag_val.jsonl",
+        size=12_246_618,
+        sha256="0aa3b88843990f3f10a97b9575c94d7b71fb2205240ba04ae4884d9e9c992588",
+        url="https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl",
+    ),
     "lambada": RawFile(
-        "lambada_test.jsonl", 1_819_752, "4aa8d02cd17c719165fc8a7887fddd641f43fcafa4b1c806ca8abc31fabdb226",
-        "https://openaipublic.blob.core.windows.net/gpt-2/data/lambada_test.jsonl"),
-}  # fmt: skip
+        name="lambada_test.jsonl",
+        size=1_819_752,
+        sha256="4aa8d02cd17c719165fc8a7887fddd641f43fcafa4b1c806ca8abc31fabdb226",
+        url="https://openaipublic.blob.core.windows.net/gpt-2/data/lambada_test.jsonl",
+    ),
+}
 EVALUATION_SETS = ("hellaswag", "lambada")
 SOURCES = (*HUB_DATASETS, "shakespeare", "demo", *EVALUATION_SETS)
+COUNTS = ("shards", "documents", "tokens", "bytes")  # of each split, in meta.json
 
 
 def local_file(path: Path) -> RawFile:
     """A file of the user's. Raises FileNotFoundError or ValueError for one that cannot be read as text."""
-    if not path.is_file() or not path.name.lower().endswith(FORMATS):
-        raise FileNotFoundError(f"{path} is not a file of a known format ({', '.join(FORMATS)})")
-    return RawFile(str(path), path.stat().st_size, sha256_of(path))
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is not a file that exists")
+    if not path.name.lower().endswith(FORMATS):
+        raise ValueError(f"{path} is not a file of a known format ({', '.join(FORMATS)})")
+    stat = path.stat()
+    return RawFile(str(path), stat.st_size, sha256_of(path), modified=stat.st_mtime_ns)
+
+
+def write_demo(path: Path) -> RawFile:
+    """The topics of Python's own manual, which ships with CPython, as a local file."""
+    from pydoc_data.topics import topics
+
+    lines = [json.dumps({"text": topics[name]}).encode() + b"\n" for name in sorted(topics)]
+    write_atomically(path, lines)
+    return local_file(path)._replace(modified=0)  # written anew by each command
 
 
 def list_corpus(settings: dict) -> list[RawFile]:
     """The Parquet files of a sample or a dump of FineWeb, as many as max_tokens needs. Raises OSError."""
-    subset, most = settings["subset"], settings["max_tokens"] or sys.maxsize
-    folder = subset.replace("sample-", "/sample/") if subset.startswith("sample-") else f"/data/{subset}"
-    files = [f for f in list_hub(f"datasets/{HUB_DATASETS[settings['source']]}", folder) if f.name.endswith(".parquet")]
-    if not files:
+    subset = settings["subset"]
+    folder = f"/data/{subset}"
+    if subset.startswith("sample-"):
+        folder = subset.replace("sample-", "/sample/")
+    files = list_hub(f"datasets/{HUB_DATASETS[settings['source']]}", folder)
+    needed = []
+    tokens = 0
+    for file in files:
+        if file.name.endswith(".parquet") and tokens < (settings["max_tokens"] or sys.maxsize):
+            needed.append(file)
+            tokens += 0.2 * file.size  # about 0.3 tokens a byte, less a margin
+    if not needed:
         raise OSError(f"the hub lists no Parquet files for {settings['source']}'s {subset}; check --subset")
-    before = itertools.accumulate((file.size for file in files), initial=0)
-    # A byte of Parquet holds about 0.3 tokens; 0.2 leaves a margin.
-    return [file for file, size in zip(files, before, strict=False) if 0.2 * size < most]
+    return needed
 
 
 def next_shard(meta: dict) -> tuple[str, int]:
     """The split that the next token belongs to, and how many tokens its next shard may hold, 0 at max_tokens."""
-    val, train, size = meta["val"]["tokens"], meta["train"]["tokens"], meta["shard_tokens"]
-    if val < meta["val_tokens"]:
-        return "val", min(size, meta["val_tokens"] - val)
-    return "train", min(size, (meta["max_tokens"] or sys.maxsize) - val - train)
+    val = meta["val"]["tokens"]
+    total = val + meta["train"]["tokens"]
+    room = min(meta["shard_tokens"], (meta["max_tokens"] or sys.maxsize) - total)
+    if val < meta["val_limit"]:
+        return "val", min(room, meta["val_limit"] - val)
+    return "train", room
+
+
+def write_meta(out: Path, meta: dict) -> None:
+    write_atomically(out / "meta.json", [json.dumps(meta, indent=2).encode() + b"\n"])
 
 
 def add_shard(out: Path, meta: dict, pieces: list[np.ndarray], split: str, position: list[int]) -> None:
     """Write a shard, its checksum, then meta.json: what the split now holds, and `position`, the first token that is in
     no shard yet, as [file, batch in it, token in that]."""
-    tokenizer, before, total = get_tokenizer(meta["tokenizer"]), meta[split], sum(map(len, pieces))
-    path = out / f"{split}_{before['shards']:06d}.bin"
+    tokenizer = get_tokenizer(meta["tokenizer"])
+    counts = meta[split]
+    total = sum(map(len, pieces))
+    path = out / f"{split}_{counts['shards']:06d}.bin"
     header = np.zeros(HEADER_BYTES // 4, dtype="<i4")
-    header[:3] = SHARD_MAGIC, SHARD_VERSION, total
+    header[:3] = (SHARD_MAGIC, SHARD_VERSION, total)
     write_atomically(path, [header, *(np.ascontiguousarray(piece, dtype="<u2") for piece in pieces)])
     uses = sum(np.bincount(piece, minlength=tokenizer.n_vocab) for piece in pieces)  # of each token
-    new = (1, int(uses[tokenizer.eot_token]), total, int(uses @ token_bytes(tokenizer)))
+    counts["shards"] += 1
+    counts["documents"] += int(uses[tokenizer.eot_token])
+    counts["tokens"] += total
+    counts["bytes"] += int(uses @ token_bytes(tokenizer))
     meta["position"] = position
-    meta[split] = {name: before[name] + count for name, count in zip(COUNTS, new, strict=True)}
     add_checksums(out, [path.name])
-    write_atomically(out / "meta.json", [json.dumps(meta, indent=2).encode() + b"\n"])
+    write_meta(out, meta)
     say(f"{path}: {total:,} tokens")
+
+
+def shard_names(meta: dict) -> list[str]:
+    """The shards that meta.json says exist."""
+    return [f"{split}_{i:06d}.bin" for split in ("val", "train") for i in range(meta[split]["shards"])]
+
+
+def read_progress(out: Path) -> dict:
+    """The meta.json of an earlier run, which may have finished. Raises ValueError for one that cannot be continued."""
+    path = out / "meta.json"
+    meta = read_object(path.read_bytes(), path)
+    with reading(f"{path}, perhaps from another version,"):
+        for split in ("train", "val"):
+            meta[split] = {name: int(meta[split][name]) for name in COUNTS}
+        meta["files"] = [RawFile(*file) for file in meta.get("files", [])]
+        meta["position"] = [int(meta["position"][i]) for i in range(3)]
+        meta.setdefault("val_limit", meta["val_tokens"])
+    return meta
 
 
 def open_meta(settings: dict, files: list[RawFile], out: Path) -> dict:
     """The meta.json of an earlier run with these settings, or a new one. Raises ValueError or FileExistsError."""
-    path, start = out / "meta.json", [0, 0, 0]
-    if path.exists():
-        check_checksums(out, read_checksums(out).keys() & {path.name})  # listed once the directory is complete
-        meta = read_object(path.read_bytes(), path)
-        with reading(f"{path}, perhaps from another version,"):
-            for split in ("train", "val"):
-                meta[split] = {name: int(meta[split][name]) for name in COUNTS}
-            meta["files"] = [RawFile(str(n), int(size), str(sha), str(url)) for n, size, sha, url in meta["files"]]
-            meta["position"] = [int(meta["position"][i]) for i in range(3)]
+    start = [0, 0, 0]
+    if (out / "meta.json").exists():
+        meta = read_progress(out)
         changed = [f"{name} was {meta.get(name)}, now {now}" for name, now in settings.items() if meta.get(name) != now]
         if meta["position"] != start and changed:
             raise ValueError(f"{out} was prepared with different settings: {'; '.join(changed)}; choose another --out")
         if meta["position"] != start:
-            return meta | settings
+            return meta
     elif any(out.glob("*.bin")):
         raise FileExistsError(f"{out} contains shards that this script did not write; choose another --out")
-    meta = settings | {"vocab_size": VOCAB_SIZES[settings["tokenizer"]]}
+    meta = settings | {"vocab_size": VOCAB_SIZES[settings["tokenizer"]], "val_limit": settings["val_tokens"]}
     meta |= {split: dict.fromkeys(COUNTS, 0) for split in ("train", "val")}
     meta |= {"position": start, "files": files or list_corpus(settings)}  # kept, since the hub's listing may change
-    write_atomically(out / "meta.json", [json.dumps(meta, indent=2).encode() + b"\n"])
+    write_meta(out, meta)
     return meta
 
 
-def prepare(settings: dict, files: list[RawFile], out: Path, workers: int) -> dict:
-    """Prepare `out` according to `settings`, or continue an earlier run; return the content of its meta.json."""
+def check_prepared(out: Path, meta: dict) -> bool:
+    """Check what an earlier run has made, and return whether it is complete. Raises ValueError."""
+    listed = read_checksums(out)
+    complete = "meta.json" in listed
+    names = set(shard_names(meta))
+    if complete:
+        names |= listed.keys() | {path.name for path in out.glob("*.bin")}
+    try:
+        check_checksums(out, sorted(names))
+    except (ValueError, FileNotFoundError) as error:
+        raise ValueError(f"{error}; restore it, or delete {out} and prepare it again") from error
+    return complete
+
+
+def check_unchanged(out: Path, meta: dict, files: list[RawFile]) -> None:
+    """Raise ValueError for an input that is not what it was when the preparation began, and remove what was made."""
+    for file, before in zip(files, meta["files"], strict=True):
+        if file.url or not before.modified:
+            continue
+        now = Path(file.name).stat()
+        if (now.st_size, now.st_mtime_ns) != (before.size, before.modified):
+            for name in (*shard_names(meta), "SHA256SUMS", "meta.json"):
+                (out / name).unlink(missing_ok=True)
+            problem = f"{file.name} changed while it was being prepared"
+            raise ValueError(f"{problem}; what was made of it is removed; run the same command again")
+
+
+def check_position(
+    batches: Iterator[tuple[list[int], np.ndarray]], position: list[int]
+) -> Iterator[tuple[list[int], np.ndarray]]:
+    """The same batches. Raises ValueError if the first is not the one that contains `position`."""
+    *start, skip = position
+    first = next(batches, None)
+    if min(position) < 0 or not first or first[0] != start or skip > len(first[1]):
+        raise ValueError(f"the position {position} in meta.json cannot be; delete the directory and prepare it again")
+    return itertools.chain([first], batches)
+
+
+def balance_splits(
+    batches: Iterator[tuple[list[int], np.ndarray]], meta: dict
+) -> Iterator[tuple[list[int], np.ndarray]]:
+    """The same batches, read ahead until it is sure that validation gets at most half of all tokens."""
+    ahead = []
+    total = 0
+    for batch in batches:
+        ahead.append(batch)
+        total += len(batch[1])
+        if total >= 2 * meta["val_limit"]:
+            break
+    meta["val_limit"] = min(meta["val_limit"], total // 2)
+    return itertools.chain(ahead, batches)
+
+
+def prepare(settings: dict, files: list[RawFile], out: Path, workers: int, balance: bool) -> dict:
+    """Prepare `out` according to `settings`, or continue an earlier run; return the content of its meta.json. With
+    `balance`, validation gets at most half of the tokens."""
     get_tokenizer(settings["tokenizer"])  # fail now if it cannot be fetched
-    work, meta = out / ".work", open_meta(settings, files, out)
-    if "meta.json" in read_checksums(out):  # added last: the preparation is complete
-        discard(work)
-        check_checksums(out, sorted(read_checksums(out).keys() | {path.name for path in out.glob("*.bin")}))
+    meta = open_meta(settings, files, out)
+    if check_prepared(out, meta):
         say(f"{out} is already prepared")
         return meta
-    if work.is_symlink():
-        work.unlink()
     files = files or meta["files"]
+    check_unchanged(out, meta, files)
+    work = out / ".work"
     paths = [work / f"{i:06d}-{Path(file.name).name}" for i, file in enumerate(files)]  # base names may repeat
     *start, skip = meta["position"]
-    pieces, (split, room), done, began = [], next_shard(meta), 0, time.time()
-    for place, tokens in tokenize_in_order(files, paths, start, settings["tokenizer"], workers):
-        used = skip if place == start else 0
+    batches = tokenize_in_order(files, paths, start, settings["tokenizer"], workers)
+    if start != [len(files), 0]:
+        batches = check_position(batches, meta["position"])
+    if balance and meta["position"] == [0, 0, 0]:
+        batches = balance_splits(batches, meta)
+    split, room = next_shard(meta)
+    pieces = []  # of the next shard
+    done = 0
+    began = time.time()
+    for place, tokens in batches:
+        used = skip if place == start else 0  # tokens of this batch that are in shards
         while used < len(tokens) and room:
-            pieces.append(tokens[used : used + room])
-            used, room = used + len(pieces[-1]), room - len(pieces[-1])
+            piece = tokens[used : used + room]
+            pieces.append(piece)
+            used += len(piece)
+            room -= len(piece)
             if room == 0:
                 add_shard(out, meta, pieces, split, [*place, used])
-                pieces, (split, room) = [], next_shard(meta)
+                split, room = next_shard(meta)
+                pieces = []
                 for path in paths[: place[0]]:  # all of whose tokens are in shards
                     path.unlink(missing_ok=True)
         done += len(tokens)
@@ -504,14 +725,94 @@ def prepare(settings: dict, files: list[RawFile], out: Path, workers: int) -> di
             break
     if pieces:
         add_shard(out, meta, pieces, split, [len(files), 0, 0])
-    if meta["train"]["tokens"] == 0:
-        advice = "choose a smaller --val-tokens and another --out"
-        raise ValueError(f"{out} has no tokens to train on: all {meta['val']['tokens']:,} are for validation; {advice}")
-    if changed := [file.name for file in files if not file.url and sha256_of(Path(file.name)) != file.sha256]:
-        raise ValueError(f"{changed[0]} changed while it was being read; prepare it again with another --out")
+    check_unchanged(out, meta, files)
+    if not shard_names(meta):
+        raise ValueError(f"{', '.join(file.name for file in files)} has no text")
+    # What differs between machines does not stay in it.
+    meta["files"] = [file if file.url else file._replace(name=Path(file.name).name, modified=0) for file in files]
+    write_meta(out, meta)
     add_checksums(out, ["meta.json"])
-    discard(work)
+    for path in paths:
+        path.unlink(missing_ok=True)
+    with suppress(OSError):  # not there, or there is something of the user's in it
+        work.rmdir()
     return meta
+
+
+# Models on disk
+
+OPENAI_MODELS = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
+MODEL_FILES = ("model.safetensors", "config.json")
+CHECKPOINT_FILES = (*MODEL_FILES, "trainer.pt", *TOKENIZER_FILES)
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """The directories of a run that are named like checkpoints, `step_NNNNNN`, oldest first."""
+    named = [path for path in run.glob("step_*") if re.fullmatch(r"step_(\d{6}|[1-9]\d{6,})", path.name)]
+    return sorted(named, key=lambda path: int(path.name[5:]))
+
+
+def is_of_its_step(checkpoint: Path) -> bool:
+    """Whether the trainer.pt of a checkpoint is of the step in its name, so that it is no copy, nor something else."""
+    import torch  # imported only where it is needed
+
+    with suppress(Exception):  # of a damaged file
+        trainer = torch.load(checkpoint / "trainer.pt", map_location="cpu", weights_only=True, mmap=True)
+        return trainer["step"] == int(checkpoint.name[5:])
+    return False
+
+
+def newest_checkpoint(run: Path) -> Path | None:
+    """A run's newest whole checkpoint, or None; a warning says what is wrong with one that is skipped."""
+    for checkpoint in reversed(checkpoints(run)):
+        try:
+            check_checksums(checkpoint, CHECKPOINT_FILES)
+            if not is_of_its_step(checkpoint):
+                raise ValueError(f"{checkpoint / 'trainer.pt'} is of another step")
+            return checkpoint
+        except (ValueError, OSError) as error:
+            say(f"warning: {error}; skipping {checkpoint.name}", sys.stderr)
+    return None
+
+
+def model_directory(name_or_dir: str | Path) -> Path:
+    """The directory of a model: a directory as it is, the newest checkpoint of a run, or of the newest run in a
+    directory of runs, or one of OpenAI's models by name, fetched on first use by one process for all. Raises
+    FileNotFoundError if there is no such model, ValueError if it is damaged, OSError if it cannot be fetched."""
+    directory = Path(name_or_dir)
+    if all((directory / name).exists() for name in MODEL_FILES):
+        if any((directory / name).exists() for name in ("SHA256SUMS", "trainer.pt")):  # a checkpoint has checksums
+            check_checksums(directory, MODEL_FILES)
+        return directory
+    runs = [run for run in directory.glob("*/") if checkpoints(run)]
+    if checkpoints(directory):
+        runs = [directory]
+    if runs:
+        run = max(runs, key=lambda run: run.stat().st_mtime)
+        checkpoint = newest_checkpoint(run)
+        if not checkpoint:
+            raise FileNotFoundError(f"{run} has no intact checkpoint; restore one, or choose another model")
+        return checkpoint
+    if str(name_or_dir) in OPENAI_MODELS:
+        return fetch_model(str(name_or_dir))
+    choices = f"a checkpoint, a run, nor one of {', '.join(OPENAI_MODELS)}"
+    raise FileNotFoundError(f"{directory.absolute()} is not a model: neither {choices}; train one first")
+
+
+def fetch_model(name: str) -> Path:
+    """The directory of one of OpenAI's models, fetched if it is not there. Raises OSError."""
+    directory = Path("data/models") / name
+    with suppress(OSError, ValueError):
+        check_checksums(directory, MODEL_FILES)
+        return directory
+    with locked(directory, wait=True):  # download() skips what another process has fetched meanwhile
+        files = {file.name: file for file in list_hub(f"models/openai-community/{name}")}
+        if not files.keys() >= set(MODEL_FILES):
+            raise OSError(f"the hub lists no {' and '.join(MODEL_FILES)} for {name}; check HF_ENDPOINT")
+        for file in MODEL_FILES:
+            download(files[file], directory / file)
+        add_checksums(directory, MODEL_FILES)
+    return directory
 
 
 # Shared by the scripts: the terminal and threads
@@ -520,13 +821,17 @@ def prepare(settings: dict, files: list[RawFile], out: Path, workers: int) -> di
 @contextmanager
 def one_line_errors(script: str, memory_advice: str) -> Iterator[None]:
     """Turn an error that the user can fix into one line and exit status 1, and Ctrl-C into exit status 130."""
-    with suppress(AttributeError):  # a closed standard output, or a test's replacement
+    for name in ("stdin", "stdout", "stderr"):  # those that were closed
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))
+    with suppress(AttributeError):  # a test's replacement
         sys.stdout.reconfigure(errors="replace")
     try:
         yield
     except KeyboardInterrupt:
         status("")
-        sys.exit(130)
+        sys.stdout.flush()
+        os._exit(130)  # at once: threads may be in the middle of something long
     except BrokenPipeError:  # the reader has closed the pipe
         sys.stdout = None  # or Python would flush it at exit, and fail again
         sys.exit(0)
@@ -575,7 +880,8 @@ def number(kind: type, least: float, most: float) -> Callable[[str], Any]:
     def parse(text: str) -> Any:
         scale = {"k": 10**3, "m": 10**6, "b": 10**9}.get(text[-1:].lower())
         with suppress(ValueError, OverflowError):
-            if least <= (value := kind(float(text[:-1]) * scale) if scale else kind(text)) <= most:
+            value = kind(float(text[:-1]) * scale) if scale else kind(text)
+            if least <= value <= most:
                 return value
         wanted = "an integer" if kind is int else "a number"
         raise argparse.ArgumentTypeError(f"must be {wanted} from {least:,} to {most:,}, not {text[:40]}")
@@ -599,7 +905,8 @@ def begin(function: Callable, *args: Any) -> Future:
 
 def in_background(function: Callable, items: Iterable[Any], threads: int, ahead: int) -> Iterator[Any]:
     """function(item) for each item, in order, computed by `threads` threads up to `ahead` items in advance."""
-    pool, pending = ThreadPoolExecutor(threads), deque()
+    pool = ThreadPoolExecutor(threads)
+    pending = deque()
     for item in items:
         pending.append(pool.submit(function, item))
         if len(pending) > ahead:
@@ -616,9 +923,9 @@ def locked(directory: Path, wait: bool = False) -> Iterator[None]:
     """Hold the lock of a directory, created if need be, so that only one process writes to it. The lock ends with its
     process, however that ends. Raises BlockingIOError if another process holds it; with `wait`, waits for it."""
     directory.mkdir(parents=True, exist_ok=True)
-    with open(os.open(directory / ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)) as file:
+    with open(directory / ".lock", "a") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise BlockingIOError(f"{directory} is in use by another process; wait, or choose another --out") from error
         except OSError as error:  # a network file system without locks
@@ -627,8 +934,8 @@ def locked(directory: Path, wait: bool = False) -> Iterator[None]:
 
 
 def discard(path: Path) -> None:
-    """Remove whatever is at `path`, if anything; a link is removed, not followed."""
-    if path.is_dir() and not path.is_symlink():
+    """Remove a file or a directory, if it is there."""
+    if path.is_dir():
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
@@ -641,13 +948,24 @@ def synchronize(path: Path) -> None:
     os.close(descriptor)
 
 
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Name the file in an error that the operating system leaves nameless, such as a full disk."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or error.filename:
+            raise
+        raise OSError(f"{path}: {error.strerror}") from error
+
+
 def write_atomically(path: Path, pieces: Iterable[Any]) -> None:
     """Write bytes or arrays so that a crash at any moment leaves the old file or the new one."""
     part = path.with_name(path.name + ".tmp")
-    discard(part)
-    with open(part, "xb") as file:
-        file.writelines(pieces)
-    synchronize(part)
+    with writing(path):
+        with open(part, "wb") as file:
+            file.writelines(pieces)
+        synchronize(part)
     part.replace(path)
 
 
@@ -664,7 +982,8 @@ def reading(what: object) -> Iterator[None]:
 def read_object(text: str | bytes, where: object) -> dict:
     """A JSON object. Raises ValueError, naming where the text is from, for anything else."""
     with reading(where):
-        if not isinstance(value := json.loads(text), dict):
+        value = json.loads(text)
+        if not isinstance(value, dict):
             raise TypeError("it is not a JSON object")
         return value
 
@@ -676,37 +995,31 @@ def sha256_of(path: Path) -> str:
 
 
 def read_checksums(directory: Path) -> dict[str, str]:
-    """The sha256 of each file that `SHA256SUMS` lists, by its name; {} without the file."""
+    """The sha256 of each file that `SHA256SUMS` lists, by its name, as `sha256sum` writes it; {} without the file."""
     path = directory / "SHA256SUMS"
-    lines = path.read_text(errors="replace").splitlines() if path.is_file() else []
-    return {name: digest for digest, _, name in (line.partition("  ") for line in lines) if name}
+    if not path.is_file():
+        return {}
+    lines = path.read_text(errors="replace")
+    return {name: digest for digest, name in re.findall(r"^([0-9a-f]{64}) [ *](.+)$", lines, re.MULTILINE)}
 
 
 def add_checksums(directory: Path, names: Iterable[str]) -> None:
     """Add files to `SHA256SUMS`, which `sha256sum -c` reads."""
-    sums = read_checksums(directory) | {name: sha256_of(directory / name) for name in names}
-    write_atomically(directory / "SHA256SUMS", [f"{sums[name]}  {name}\n".encode() for name in sorted(sums)])
+    checksums = read_checksums(directory) | {name: sha256_of(directory / name) for name in names}
+    lines = [f"{checksums[name]}  {name}\n".encode() for name in sorted(checksums)]
+    write_atomically(directory / "SHA256SUMS", lines)
 
 
-def check_checksums(directory: Path, names: Iterable[str], sums: dict[str, str] | None = None) -> dict[str, str]:
-    """The files' sha256, checked against `sums` ("" accepts any) or SHA256SUMS. Raises ValueError or OSError."""
-    sums, found = read_checksums(directory) if sums is None else sums, {}
+def check_checksums(directory: Path, names: Iterable[str]) -> None:
+    """Raise FileNotFoundError for a file that is missing, ValueError for one that is not as `SHA256SUMS` says."""
+    checksums = read_checksums(directory)
     for name in names:
         if not (directory / name).is_file():
             raise FileNotFoundError(f"{directory / name} is missing")
-        found[name] = sha256_of(directory / name)
-        if sums.get(name) not in ("", found[name]):
-            raise ValueError(f"{directory / name} is damaged: its sha256 does not match; restore or recreate it")
-    return found
-
-
-def is_intact(directory: Path, names: Iterable[str] = MODEL_FILES) -> bool:
-    """Whether the files of a checkpoint are as `SHA256SUMS` says; if not, a warning says what is wrong."""
-    try:
-        return bool(check_checksums(directory, names))
-    except (ValueError, FileNotFoundError) as error:
-        say(f"warning: {error}; skipping {directory.name}", sys.stderr)
-        return False
+        if name not in checksums:
+            raise ValueError(f"{directory / name} is not listed in SHA256SUMS")
+        if sha256_of(directory / name) != checksums[name]:
+            raise ValueError(f"{directory / name} is damaged: its sha256 does not match")
 
 
 # The command line
@@ -714,37 +1027,47 @@ def is_intact(directory: Path, names: Iterable[str] = MODEL_FILES) -> bool:
 
 def prepare_source(source: str | None, args: argparse.Namespace) -> None:
     """Prepare one source in a directory of its own; None means the files of --input."""
-    out = Path(args.out or f"data/{source or Path(args.input[0]).name.split('.')[0] or 'text'}")
-    files = [FILES[source]] if source == "shakespeare" else [local_file(Path(path)) for path in args.input or []]
-    with locked(out):
+    name = source or Path(args.input[0]).name.split(".")[0] or "text"
+    out = Path(args.out or f"data/{name}")
+    files = [local_file(Path(path)) for path in args.input or []]
+    if source == "shakespeare":
+        files = [FILES[source]]
+    with locked(out), tempfile.TemporaryDirectory() as scratch:
         if source in EVALUATION_SETS:
             say(f"{source}: {download(FILES[source], out / FILES[source].name)}")
             return add_checksums(out, [FILES[source].name])
-        if source == "demo":  # the topics of Python's own manual, which ships with CPython
-            from pydoc_data.topics import topics
-
-            lines = [json.dumps({"text": topics[name]}).encode() + b"\n" for name in sorted(topics)]
-            write_atomically(out / ".demo.jsonl", lines)
-            files = [local_file(out / ".demo.jsonl")]
-        tokenizer, most = args.tokenizer or ("byte" if source == "demo" else "gpt2"), args.max_tokens or sys.maxsize
-        size = sum(file.size for file in files) or sys.maxsize  # of the hub's corpora, which are larger than needed
-        val_tokens = args.val_tokens or max(1, min(10**8, most // 10, size // (10 if tokenizer == "byte" else 40)))
-        if val_tokens >= most:
-            raise ValueError(f"--val-tokens {val_tokens:,} must be less than --max-tokens {most:,}")
-        # Together, these determine every byte of the result.
-        given = [[Path(file.name).name, file.size, file.sha256] for file in files] if args.input else source
-        settings = {"source": given, "subset": args.subset if source in HUB_DATASETS else None, "tokenizer": tokenizer}
-        settings |= {"shard_tokens": args.shard_tokens, "val_tokens": val_tokens, "max_tokens": args.max_tokens}
-        meta = prepare(settings, files, out, min(args.workers, os.cpu_count() or 1))
-        discard(out / ".demo.jsonl")
-    say(f"{out}: {meta['train']['tokens']:,} tokens for training, {meta['val']['tokens']:,} for validation")
-    preset = "demo" if source == "demo" else "book" if meta["train"]["tokens"] < 10**7 else "gpt2"
-    say(f"train with: python train.py --preset {preset} --data={shlex.quote(str(out))}")
+        if source == "demo":
+            files = [write_demo(Path(scratch) / "topics.jsonl")]
+        tokenizer_name = args.tokenizer or ("byte" if source == "demo" else "gpt2")
+        # About a tenth, since a token has four bytes or more, or one; the hub's corpora are larger than needed.
+        size = sum(file.size for file in files) or sys.maxsize
+        tenth = size // (10 if tokenizer_name == "byte" else 40)
+        val_tokens = args.val_tokens or max(1, min(10**8, tenth, (args.max_tokens or sys.maxsize) // 10))
+        settings = {  # together, these determine every byte of the result
+            "source": source or [[Path(file.name).name, file.size, file.sha256] for file in files],
+            "subset": args.subset if source in HUB_DATASETS else None,
+            "tokenizer": tokenizer_name,
+            "shard_tokens": args.shard_tokens,
+            "val_tokens": val_tokens,
+            "max_tokens": args.max_tokens,
+        }
+        workers = min(args.workers, os.cpu_count() or 1)
+        meta = prepare(settings, files, out, workers, balance=bool(files) and not args.val_tokens)
+    train_tokens = meta["train"]["tokens"]
+    say(f"{out}: {train_tokens:,} tokens for training, {meta['val']['tokens']:,} for validation")
+    data = f"--data={shlex.quote(str(out))}"
+    if train_tokens == 0:
+        return say(f"evaluate a model on it with: python train.py --eval-only --init-from MODEL {data}")
+    preset = "gpt2" if train_tokens >= 10**7 else "book"
+    say(f"train with: python train.py --preset {'demo' if source == 'demo' else preset} {data}")
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, allow_abbrev=False, description=__doc__.splitlines()[1])
-    add, origin, amount = parser.add_argument, parser.add_mutually_exclusive_group(), number(int, 1, 10**15)
+    description = __doc__.splitlines()[1]
+    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, allow_abbrev=False, description=description)
+    add = parser.add_argument
+    origin = parser.add_mutually_exclusive_group()
+    amount = number(int, 1, 10**15)
     origin.add_argument("--source", choices=SOURCES, help="what to prepare (default: fineweb-edu, hellaswag, lambada)")
     origin.add_argument("--input", nargs="+", metavar="FILE", help="your own text: " + ", ".join(FORMATS))
     add("--subset", default="sample-10BT", help="of FineWeb: sample-100BT, ..., or a dump (default: sample-10BT)")

@@ -13,7 +13,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from pathlib import Path
 
 try:
     import tiktoken
@@ -31,62 +30,99 @@ def stream_decoder(tokenizer: tiktoken.Encoding) -> Callable[[int], str]:
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def decode(token: int) -> str:
-        end = token == tokenizer.eot_token
-        return decoder.decode(b"" if end else tokenizer.decode_single_token_bytes(token), final=end)
+        if token == tokenizer.eot_token:
+            return decoder.decode(b"", final=True)
+        return decoder.decode(tokenizer.decode_single_token_bytes(token))
 
     return decode
 
 
 def read_prompts(args: argparse.Namespace) -> Iterator[str]:
     """The prompt of the command line or of standard input; with --interactive, each line of that."""
+    with suppress(AttributeError):  # a replacement of standard input may lack this
+        sys.stdin.reconfigure(errors="surrogateescape")  # what is not UTF-8 is refused when it is encoded
     if not args.interactive:
-        yield sys.stdin.read().removesuffix("\n") if args.prompt == "-" else args.prompt
+        text = args.prompt
+        if text == "-":
+            text = sys.stdin.read().removeprefix("\ufeff").removesuffix("\n")
+        yield text
         return
     with suppress(ImportError):  # some builds of Python lack it
         import readline  # noqa: F401  (which gives input() arrow keys and a history)
     with suppress(EOFError):
         while True:
-            yield input("> " if sys.stdout.isatty() else "")
+            yield input("> " if sys.stdout.isatty() else "").removeprefix("\ufeff")
+
+
+def encode_prompt(prompt: str, tokenizer: tiktoken.Encoding, block_size: int) -> list[int]:
+    """The last `block_size` tokens of a prompt, in which <|endoftext|> stands for the token; an empty prompt begins a
+    new text. Raises ValueError for what was not UTF-8."""
+    prompt.encode()
+    tokens = prep.tokenize(prompt.split("<|endoftext|>"), tokenizer).tolist()
+    tokens = tokens[1:] or tokens  # tokenize() puts one <|endoftext|> before the first part
+    if len(tokens) > block_size:
+        prep.say(f"the prompt has {len(tokens):,} tokens; the last {block_size:,} are used", sys.stderr)
+    return tokens[-block_size:]
+
+
+def print_samples(
+    model: gpt.GPT, tokenizer: tiktoken.Encoding, prompt: str, args: argparse.Namespace, generator: torch.Generator
+) -> None:
+    """Print the first sample while it is generated, and at the end the others, each below a rule."""
+    device = model.transformer.wte.weight.device
+    tokens = encode_prompt(prompt, tokenizer, model.config.block_size)
+    began = time.perf_counter()
+    steps = gpt.generate(
+        model,
+        torch.tensor([tokens] * args.num_samples, device=device),
+        args.max_new_tokens,
+        temperature=args.temperature,
+        top_k=args.top_k or None,
+        top_p=args.top_p,
+        generator=generator,
+        stop_token=tokenizer.eot_token,
+    )
+    drawn = []
+    decode = stream_decoder(tokenizer)
+    print(prompt, end="", flush=True)
+    for step in steps:
+        drawn.append(step.tolist())
+        print(decode(drawn[-1][0]), end="", flush=True)
+    print(decode(tokenizer.eot_token))
+    _, *others = zip(*drawn, strict=True)
+    for other in others:
+        text = "".join(map(decode, (*other, tokenizer.eot_token)))
+        print("-" * 80, prompt + text, sep="\n", flush=True)
+    count = len(drawn) * args.num_samples
+    print(f"{count} tokens, {count / (time.perf_counter() - began):.1f} tokens/s", file=sys.stderr)
 
 
 def sample(args: argparse.Namespace) -> None:
-    run = Path(args.model or gpt.newest_run(Path("out")))
-    if not args.model and not gpt.checkpoints(run):
-        raise FileNotFoundError(f"no checkpoint in {run.absolute()}; train a model first, or pass --model gpt2")
-    directory = gpt.newest_checkpoint(run, prep.is_intact) or prep.model_directory(run)
-    device, (config, name) = gpt.choose_device(args.device), gpt.read_config(directory)
-    tokenizer = prep.get_tokenizer(name)
-    if tokenizer.n_vocab != config.vocab_size:
-        raise ValueError(f"{directory}: vocab_size is {config.vocab_size}, but {name} has {tokenizer.n_vocab} tokens")
+    directory = prep.model_directory(args.model)
+    device = gpt.choose_device(args.device)
+    _, tokenizer_name = gpt.read_config(directory)
+    tokenizer = prep.get_tokenizer(tokenizer_name)
     prep.status(f"reading {directory}")
-    model = gpt.center_logits(gpt.load_model(directory)).to(device, gpt.choose_dtype(args.dtype, device))
+    model = gpt.load_model(directory, vocab_size=tokenizer.n_vocab)
+    model = gpt.center_logits(model).to(device, gpt.choose_dtype(args.dtype, device))
     prep.say(f"{directory}: {gpt.parameter_count(model):,} parameters, {device}", sys.stderr)
     generator = torch.Generator(device).manual_seed(args.seed)
     for prompt in read_prompts(args):
-        prompt.encode()  # raises ValueError for what was not valid UTF-8
-        tokens = tokenizer.encode(prompt, allowed_special="all") or [tokenizer.eot_token]  # none: a new text
-        if args.interactive and len(tokens) > config.block_size:
-            print(f"that is {len(tokens)} tokens; use at most {config.block_size}", file=sys.stderr)
-            continue
-        prompts = torch.tensor([tokens] * args.num_samples, device=device)
-        how = {"temperature": args.temperature, "top_k": args.top_k or None, "top_p": args.top_p}
-        how |= {"generator": generator, "stop_token": tokenizer.eot_token, "compiled": args.compile}
-        # The first sample is printed while it is generated; the others, each below a rule, at the end.
-        decode, drawn, began = stream_decoder(tokenizer), [], time.perf_counter()
-        for step in gpt.generate(model, prompts, args.max_new_tokens, **how):
-            drawn.append(step.tolist())
-            print(prompt * (len(drawn) == 1) + decode(drawn[-1][0]), end="", flush=True)
-        print(decode(tokenizer.eot_token))
-        for other in list(zip(*drawn, strict=True))[1:]:
-            print("-" * 80, prompt + "".join(map(decode, (*other, tokenizer.eot_token))), sep="\n", flush=True)
-        count = len(drawn) * args.num_samples
-        print(f"{count} tokens, {count / (time.perf_counter() - began):.1f} tokens/s", file=sys.stderr)
+        try:
+            print_samples(model, tokenizer, prompt, args, generator)
+        except UnicodeEncodeError as error:
+            if not args.interactive:
+                raise
+            prep.say(f"that is not UTF-8: {error}", sys.stderr)
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, allow_abbrev=False, description=__doc__.splitlines()[1])
-    add, number = parser.add_argument, prep.number
-    add("--model", help="a checkpoint, a run, or gpt2, gpt2-medium, ... (default: the newest under out/)")
+    add = parser.add_argument
+    number = prep.number
+    add(
+        "--model", default="out", help="a checkpoint, a run, or gpt2, gpt2-medium, ... (default: the newest under out/)"
+    )
     add("--prompt", default="", help="text to continue; - reads standard input (default: none)")
     add("--interactive", action="store_true", help="read prompts from standard input, one per line")
     add("--num-samples", type=number(int, 1, 4096), default=1, help="samples per prompt (default: 1)")
@@ -97,9 +133,8 @@ def main(argv: list[str] | None = None) -> None:
     add("--seed", type=number(int, 0, 2**63 - 1), default=1337, help="seed of the random draws (default: 1337)")
     add("--device", default="auto", choices=gpt.DEVICES, help="device to run on (default: auto)")
     add("--dtype", default="auto", choices=gpt.DTYPES, help="precision of the model (default: auto)")
-    add("--compile", action="store_true", help="torch.compile decoding; worthwhile for long texts")
     args = parser.parse_args(argv)
-    torch.backends.cuda.enable_cudnn_sdp(False)  # it re-plans for every length
+    torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for every length
     with prep.one_line_errors("sample.py", "use fewer --num-samples, or a smaller --model"):
         sample(args)
 
