@@ -118,7 +118,6 @@ def tokenizer_files(tokenizer: tiktoken.Encoding, block_size: int) -> dict[str, 
 
 # Documents
 
-FORMATS = (".txt", ".jsonl", ".jsonl.gz", ".parquet")
 BATCH_CHARACTERS = 1 << 18  # the position in meta.json counts batches of this size
 MOST_BYTES = 1 << 30  # of a document, which is held in memory
 
@@ -128,8 +127,14 @@ def read_lines(path: Path) -> Iterator[bytes]:
     with gzip.open(path) if path.name.lower().endswith(".gz") else open(path, "rb") as file:
         if file.peek(3)[:3] == codecs.BOM_UTF8:
             file.read(3)
-        # A line longer than a document may be is cut, and then refused.
-        yield from iter(lambda: file.readline(MOST_BYTES + 1), b"")
+        for line in iter(lambda: file.readline(MOST_BYTES + 1), b""):
+            check_size(len(line))
+            yield line
+
+
+def check_size(size: int) -> None:
+    if size > MOST_BYTES:
+        raise ValueError(f"a document may be at most {MOST_BYTES:,} bytes")
 
 
 def read_txt(path: Path) -> Iterator[str]:
@@ -142,20 +147,16 @@ def read_txt(path: Path) -> Iterator[str]:
             yield b"".join([*document, end]).decode()
             document = []
             size = 0
-        if ends and rest in (b"\n", b"\r\n"):
-            continue
-        document.append(rest)
-        size += len(rest)
-        if size > MOST_BYTES:
-            break
+        if not ends or rest not in (b"\n", b"\r\n"):
+            document.append(rest)
+            size += len(rest)
+            check_size(size)
     yield b"".join(document).decode()
 
 
 def read_jsonl(path: Path) -> Iterator[Any]:
     """The field "text" of each line; None for a blank one."""
     for line in read_lines(path):
-        if len(line) > MOST_BYTES:
-            yield "x" * len(line)  # too large, as the caller finds
         yield read_object(line, "it").get("text", 0) if line.strip() else None
 
 
@@ -167,29 +168,33 @@ def read_parquet(path: Path) -> Iterator[Any]:
         yield from batch["text"].to_pylist()
 
 
+READERS = {".txt": read_txt, ".jsonl": read_jsonl, ".jsonl.gz": read_jsonl, ".parquet": read_parquet}
+
+
+def find_reader(path: Path) -> Callable[[Path], Iterator[Any]]:
+    """The reader for a file's format. Raises ValueError if it has none."""
+    for ending, read in READERS.items():
+        if path.name.lower().endswith(ending):
+            return read
+    raise ValueError(f"{path} is not a file of a known format ({', '.join(READERS)})")
+
+
 def read_texts(path: Path) -> Iterator[str]:
     """The documents of a file; an empty text for none. Raises ValueError, naming the line, for a damaged, non-Unicode
     or oversized one."""
-    name = path.name.lower()
-    read = read_jsonl
-    if name.endswith(".txt"):
-        read = read_txt
-    if name.endswith(".parquet"):
-        read = read_parquet
     number = 1
     separators = 0
     try:
-        for text in read(path):
+        for text in find_reader(path)(path):
             if not isinstance(text, str | None):
                 raise ValueError('each document must have a string called "text"')
             text = text or ""
-            if len(text.encode()) > MOST_BYTES:  # or this fails: JSON can spell half a character
-                raise ValueError(f"a document may be at most {MOST_BYTES:,} bytes")
+            check_size(len(text.encode()))  # which fails for half a character, as JSON can spell it
             yield text
             number += 1
             separators += text.count(END_OF_TEXT)
     except Exception as error:  # of the file system, zlib, JSON, pyarrow, ...
-        where = f"{path}, line {number:,}," if ".jsonl" in name else path
+        where = f"{path}, line {number:,}," if ".jsonl" in path.name.lower() else path
         raise ValueError(f"{where} cannot be read: {str(error) or type(error).__name__}") from error
     if separators:
         say(f"warning: {path} has {separators:,} {END_OF_TEXT} in its texts, kept as ordinary text", sys.stderr)
@@ -266,7 +271,7 @@ def get(url: str, first: int = 0) -> requests.Response:
             raise ValueError("HF_TOKEN contains characters that no token has; copy it again")
         headers["Authorization"] = f"Bearer {token}"
     retries = Retry(
-        8,
+        total=8,
         connect=2,
         read=2,
         status_forcelist=(408, 429, 500, 502, 503, 504),
@@ -276,8 +281,8 @@ def get(url: str, first: int = 0) -> requests.Response:
         retry_after_max=60,
     )
     session = requests.Session()
-    session.mount("http://", requests.adapters.HTTPAdapter(max_retries=retries))
-    session.mount("https://", requests.adapters.HTTPAdapter(max_retries=retries))
+    for scheme in ("http://", "https://"):
+        session.mount(scheme, requests.adapters.HTTPAdapter(max_retries=retries))
     response = session.get(url, headers=headers, stream=True, timeout=(10, 30))
     if response.status_code not in (200, 206):
         raise requests.HTTPError(response=response)
@@ -294,16 +299,12 @@ def fetching(name: str, advice: str = "run the same command again to continue") 
     try:
         yield
     except (requests.RequestException, HTTPError, TimeoutError) as error:
-        problem = type(error).__name__
-        if isinstance(error, HOPELESS):
+        code = error.response.status_code if isinstance(error, requests.HTTPError) else 0
+        problem = f"the server answered {code}" if code else type(error).__name__
+        if code in (401, 403):
+            advice = "set HF_TOKEN to a token with access"
+        elif isinstance(error, HOPELESS) and code < 500 and code != 429:
             advice = "check --subset, HF_ENDPOINT and your proxy, if you set them"
-        if isinstance(error, requests.HTTPError):
-            code = error.response.status_code
-            problem = f"the server answered {code}"
-            if code in (401, 403):
-                advice = "set HF_TOKEN to a token with access"
-            if code in (408, 429) or code >= 500:
-                advice = "run the same command again later"
         raise OSError(f"{name} could not be fetched: {problem}; {advice}") from error
 
 
@@ -374,16 +375,20 @@ def download(file: RawFile, path: Path) -> Path:
     return path
 
 
+Place = list[int]  # a file, and a batch of documents in it
+Batches = Iterator[tuple[Place, np.ndarray]]  # with the tokens of each, (n,) uint16
+
+
 def tokenize_in_order(
-    files: list[RawFile], paths: list[Path], start: list[int], tokenizer_name: str, workers: int
-) -> Iterator[tuple[list[int], np.ndarray]]:
-    """Yield (place, tokens) for each batch of documents, in order, from the place `start` = [file, batch] on. Threads
-    tokenize ahead (tiktoken releases the GIL) while one downloads the next file, to its path."""
+    files: list[RawFile], paths: list[Path], start: Place, tokenizer_name: str, workers: int
+) -> Batches:
+    """The tokens of each batch of documents, in order, from `start` on. Threads tokenize ahead (tiktoken releases the
+    GIL) while one downloads the next file, to its path."""
 
     def fetch(index: int) -> Future | None:
         return begin(download, files[index], paths[index]) if index < len(files) else None
 
-    def batches() -> Iterator[tuple[list[int], list[str]]]:
+    def read() -> Iterator[tuple[Place, list[str]]]:
         ahead = fetch(start[0])
         for index in range(start[0], len(files)):
             path = ahead.result()
@@ -392,11 +397,11 @@ def tokenize_in_order(
                 if [index, i] >= start:
                     yield [index, i], texts
 
-    def tokenize_batch(batch: tuple[list[int], list[str]]) -> tuple[list[int], np.ndarray]:
+    def tokenize_batch(batch: tuple[Place, list[str]]) -> tuple[Place, np.ndarray]:
         place, texts = batch
         return place, tokenize(texts, get_tokenizer(tokenizer_name, threading.get_ident()))
 
-    yield from in_background(tokenize_batch, batches(), workers, 2 * workers)
+    return in_background(tokenize_batch, read(), workers, 2 * workers)
 
 
 # Shards
@@ -526,8 +531,7 @@ def local_file(path: Path) -> RawFile:
     """A file of the user's. Raises FileNotFoundError or ValueError for one that cannot be read as text."""
     if not path.is_file():
         raise FileNotFoundError(f"{path} is not a file that exists")
-    if not path.name.lower().endswith(FORMATS):
-        raise ValueError(f"{path} is not a file of a known format ({', '.join(FORMATS)})")
+    find_reader(path)
     stat = path.stat()
     return RawFile(str(path), stat.st_size, sha256_of(path), modified=stat.st_mtime_ns)
 
@@ -658,9 +662,7 @@ def check_unchanged(out: Path, meta: dict, files: list[RawFile]) -> None:
             raise ValueError(f"{problem}; what was made of it is removed; run the same command again")
 
 
-def check_position(
-    batches: Iterator[tuple[list[int], np.ndarray]], position: list[int]
-) -> Iterator[tuple[list[int], np.ndarray]]:
+def check_position(batches: Batches, position: list[int]) -> Batches:
     """The same batches. Raises ValueError if the first is not the one that contains `position`."""
     *start, skip = position
     first = next(batches, None)
@@ -669,9 +671,7 @@ def check_position(
     return itertools.chain([first], batches)
 
 
-def balance_splits(
-    batches: Iterator[tuple[list[int], np.ndarray]], meta: dict
-) -> Iterator[tuple[list[int], np.ndarray]]:
+def balance_splits(batches: Batches, meta: dict) -> Batches:
     """The same batches, read ahead until it is sure that validation gets at most half of all tokens."""
     ahead = []
     total = 0
@@ -1069,7 +1069,7 @@ def main(argv: list[str] | None = None) -> None:
     origin = parser.add_mutually_exclusive_group()
     amount = number(int, 1, 10**15)
     origin.add_argument("--source", choices=SOURCES, help="what to prepare (default: fineweb-edu, hellaswag, lambada)")
-    origin.add_argument("--input", nargs="+", metavar="FILE", help="your own text: " + ", ".join(FORMATS))
+    origin.add_argument("--input", nargs="+", metavar="FILE", help="your own text: " + ", ".join(READERS))
     add("--subset", default="sample-10BT", help="of FineWeb: sample-100BT, ..., or a dump (default: sample-10BT)")
     add("--out", help="output directory (default: data/NAME); without --source or --input, FineWeb-Edu only")
     add("--tokenizer", choices=VOCAB_SIZES, help="tokenizer (default: gpt2; byte for the demo)")
