@@ -52,7 +52,7 @@ except ImportError as error:
 VOCAB_SIZES = {"gpt2": 50257, "byte": 257}
 TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer_config.json")
 END_OF_TEXT = "<|endoftext|>"
-# GPT-2's pattern with all but the lookahead in one group, which tiktoken's regular expressions match much faster.
+# GPT-2's pattern with all but the lookahead in one group, which tiktoken matches much faster.
 GPT2_PATTERN = r"(?:'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+$)|\s+(?!\S)|\s"
 
 
@@ -110,7 +110,8 @@ def tokenizer_files(tokenizer: tiktoken.Encoding, block_size: int) -> dict[str, 
         if len(parts) == 2:
             merges.append(" ".join(parts))
     vocab[END_OF_TEXT] = tokenizer.eot_token
-    config = {"tokenizer_class": "GPT2Tokenizer", "add_prefix_space": False, "model_max_length": block_size}
+    config = {"tokenizer_class": "GPT2Tokenizer", "add_prefix_space": False}
+    config["model_max_length"] = block_size
     config |= dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT)
     texts = (json.dumps(vocab), "\n".join(merges) + "\n", json.dumps(config))
     return dict(zip(TOKENIZER_FILES, texts, strict=True))
@@ -197,7 +198,7 @@ def read_texts(path: Path) -> Iterator[str]:
         where = f"{path}, line {number:,}," if ".jsonl" in path.name.lower() else path
         raise ValueError(f"{where} cannot be read: {str(error) or type(error).__name__}") from error
     if separators:
-        say(f"warning: {path} has {separators:,} {END_OF_TEXT} in its texts, kept as ordinary text", sys.stderr)
+        say(f"warning: {path} has {separators:,} {END_OF_TEXT} in its texts, as ordinary text", sys.stderr)
 
 
 def read_batches(path: Path) -> Iterator[list[str]]:
@@ -253,7 +254,7 @@ def hub_address() -> str:
     address = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
     parts = urlsplit(address)
     if parts.scheme not in ("http", "https") or not parts.hostname or "@" in address:
-        raise ValueError("HF_ENDPOINT must be an address like https://huggingface.co, without a password")
+        raise ValueError("HF_ENDPOINT must be like https://huggingface.co, without a password")
     return address
 
 
@@ -289,7 +290,7 @@ def get(url: str, first: int = 0) -> requests.Response:
     return response
 
 
-# What another attempt cannot change: a refusal, redirects that lead nowhere, or an address that is none.
+# What another attempt cannot change: a refusal, redirects that lead nowhere, an odd address.
 HOPELESS = (requests.HTTPError, requests.TooManyRedirects, ValueError)
 
 
@@ -328,7 +329,8 @@ def list_hub(repository: str, folder: str = "") -> list[RawFile]:
             for entry in json.loads(page):
                 lfs = entry.get("lfs") or {}
                 path = str(entry["path"])
-                files.add(RawFile(path, int(entry["size"]), str(lfs.get("oid", "")), f"{base}/{path}"))
+                checksum = str(lfs.get("oid", ""))
+                files.add(RawFile(path, int(entry["size"]), checksum, f"{base}/{path}"))
     return sorted(files)
 
 
@@ -370,7 +372,7 @@ def download(file: RawFile, path: Path) -> Path:
                 time.sleep(min(60.0, 2.0**failures - 1))
     if part.stat().st_size != file.size or file.sha256 not in ("", sha256_of(part)):
         part.unlink()
-        raise OSError(f"{file.name}: the download has the wrong size or sha256; run the same command again")
+        raise OSError(f"{file.name}: the download has the wrong size or sha256; run it again")
     part.replace(path)
     return path
 
@@ -431,7 +433,7 @@ class Split(NamedTuple):
 
     paths: list[Path]
     tokens: list[int]  # in each shard
-    first: np.ndarray  # (shards + 1,) int64: the index of each shard's first sequence, and the number of all
+    first: np.ndarray  # (shards + 1,) int64: each shard's first sequence, and the number of all
     sequence_length: int  # T
     vocab_size: int
 
@@ -445,10 +447,10 @@ def read_meta(directory: Path) -> dict:
     another program's, with GPT-2's tokens. Raises ValueError for incomplete or damaged data, FileNotFoundError."""
     path = directory / "meta.json"
     if not directory.is_dir():
-        raise FileNotFoundError(f"{directory} does not exist; run prepare_data.py, or choose another --data")
+        raise FileNotFoundError(f"{directory} does not exist; run prepare_data.py first")
     if path.name not in read_checksums(directory):  # which lists it once the directory is complete
         if path.exists():
-            raise ValueError(f"{directory} is incomplete; run the same prepare_data.py command again")
+            raise ValueError(f"{directory} is incomplete; run its prepare_data.py command again")
         return {"tokenizer": "gpt2", "vocab_size": VOCAB_SIZES["gpt2"]}
     check_checksums(directory, [path.name])
     meta = read_object(path.read_bytes(), path)
@@ -470,12 +472,12 @@ def open_split(directory: Path, name: str, sequence_length: int) -> Split:
             problem = f"{directory / min(missing | unlisted)} is missing, or not in SHA256SUMS"
             raise ValueError(f"{problem}; restore it, or prepare the data again elsewhere")
     if not paths:
-        raise FileNotFoundError(f"{directory} contains no {name} shards; run prepare_data.py, or choose another --data")
+        raise FileNotFoundError(f"{directory} contains no {name} shards; run prepare_data.py first")
     tokens = [read_header(path) for path in paths]
     sequences = [(count - 1) // sequence_length for count in tokens]
     first = np.cumsum([0, *sequences], dtype=np.int64)
     if first[-1] == 0:
-        problem = f"the {name} shards of {directory} have fewer than {sequence_length + 1} tokens each"
+        problem = f"no {name} shard of {directory} has {sequence_length + 1} tokens"
         raise ValueError(f"{problem}; use more text, or a shorter --sequence-length")
     return Split(paths, tokens, first, sequence_length, meta["vocab_size"])
 
@@ -487,14 +489,14 @@ def read_sequences(split: Split, indices: np.ndarray) -> np.ndarray:
     for row, index in enumerate(indices):
         shard = int(np.searchsorted(split.first, index, side="right")) - 1
         path = split.paths[shard]
-        start = HEADER_BYTES + 2 * T * int(index - split.first[shard])  # Python's integers do not overflow
-        # Not a memory map, whose pages would count as memory of this process and pile up over an epoch.
+        start = HEADER_BYTES + 2 * T * int(index - split.first[shard])
+        # Not a memory map, whose pages would pile up in this process over an epoch.
         tokens = np.fromfile(path, dtype="<u2", count=T + 1, offset=start)
         if len(tokens) <= T:
             raise ValueError(f"{path} was truncated while in use")
         largest = tokens.max()
         if largest >= split.vocab_size:
-            raise ValueError(f"{path} contains token {largest}, but the vocabulary has {split.vocab_size} tokens")
+            raise ValueError(f"{path} contains token {largest} of a vocabulary of {split.vocab_size}")
         sequences[row] = tokens
     return sequences
 
@@ -559,7 +561,7 @@ def list_corpus(settings: dict) -> list[RawFile]:
             needed.append(file)
             tokens += 0.2 * file.size  # about 0.3 tokens a byte, less a margin
     if not needed:
-        raise OSError(f"the hub lists no Parquet files for {settings['source']}'s {subset}; check --subset")
+        raise OSError(f"the hub lists no Parquet files for {subset}; check --subset")
     return needed
 
 
@@ -586,7 +588,7 @@ def add_shard(out: Path, meta: dict, pieces: list[np.ndarray], split: str, posit
     path = out / f"{split}_{counts['shards']:06d}.bin"
     header = np.zeros(HEADER_BYTES // 4, dtype="<i4")
     header[:3] = (SHARD_MAGIC, SHARD_VERSION, total)
-    write_atomically(path, [header, *(np.ascontiguousarray(piece, dtype="<u2") for piece in pieces)])
+    write_atomically(path, [header, *(piece.astype("<u2") for piece in pieces)])
     uses = sum(np.bincount(piece, minlength=tokenizer.n_vocab) for piece in pieces)  # of each token
     counts["shards"] += 1
     counts["documents"] += int(uses[tokenizer.eot_token])
@@ -600,7 +602,8 @@ def add_shard(out: Path, meta: dict, pieces: list[np.ndarray], split: str, posit
 
 def shard_names(meta: dict) -> list[str]:
     """The shards that meta.json says exist."""
-    return [f"{split}_{i:06d}.bin" for split in ("val", "train") for i in range(meta[split]["shards"])]
+    splits = ("val", "train")
+    return [f"{split}_{i:06d}.bin" for split in splits for i in range(meta[split]["shards"])]
 
 
 def read_progress(out: Path) -> dict:
@@ -621,16 +624,19 @@ def open_meta(settings: dict, files: list[RawFile], out: Path) -> dict:
     start = [0, 0, 0]
     if (out / "meta.json").exists():
         meta = read_progress(out)
-        changed = [f"{name} was {meta.get(name)}, now {now}" for name, now in settings.items() if meta.get(name) != now]
-        if meta["position"] != start and changed:
-            raise ValueError(f"{out} was prepared with different settings: {'; '.join(changed)}; choose another --out")
+        for name, now in settings.items():
+            if meta["position"] != start and meta.get(name) != now:
+                problem = f"{out} was prepared differently: {name} was {meta.get(name)}, now {now}"
+                raise ValueError(f"{problem}; choose another --out")
         if meta["position"] != start:
             return meta
     elif any(out.glob("*.bin")):
-        raise FileExistsError(f"{out} contains shards that this script did not write; choose another --out")
-    meta = settings | {"vocab_size": VOCAB_SIZES[settings["tokenizer"]], "val_limit": settings["val_tokens"]}
-    meta |= {split: dict.fromkeys(COUNTS, 0) for split in ("train", "val")}
-    meta |= {"position": start, "files": files or list_corpus(settings)}  # kept, since the hub's listing may change
+        raise FileExistsError(f"{out} has shards that this script did not write; choose another --out")
+    meta = settings | {split: dict.fromkeys(COUNTS, 0) for split in ("train", "val")}
+    meta["vocab_size"] = VOCAB_SIZES[settings["tokenizer"]]
+    meta["val_limit"] = settings["val_tokens"]
+    meta["position"] = start
+    meta["files"] = files or list_corpus(settings)  # kept, since the hub's listing may change
     write_meta(out, meta)
     return meta
 
@@ -659,7 +665,7 @@ def check_unchanged(out: Path, meta: dict, files: list[RawFile]) -> None:
             for name in (*shard_names(meta), "SHA256SUMS", "meta.json"):
                 (out / name).unlink(missing_ok=True)
             problem = f"{file.name} changed while it was being prepared"
-            raise ValueError(f"{problem}; what was made of it is removed; run the same command again")
+            raise ValueError(f"{problem}; what was made of it is removed; run it again")
 
 
 def check_position(batches: Batches, position: list[int]) -> Batches:
@@ -667,7 +673,7 @@ def check_position(batches: Batches, position: list[int]) -> Batches:
     *start, skip = position
     first = next(batches, None)
     if min(position) < 0 or not first or first[0] != start or skip > len(first[1]):
-        raise ValueError(f"the position {position} in meta.json cannot be; delete the directory and prepare it again")
+        raise ValueError(f"the position {position} in meta.json cannot be; choose another --out")
     return itertools.chain([first], batches)
 
 
@@ -695,7 +701,8 @@ def prepare(settings: dict, files: list[RawFile], out: Path, workers: int, balan
     files = files or meta["files"]
     check_unchanged(out, meta, files)
     work = out / ".work"
-    paths = [work / f"{i:06d}-{Path(file.name).name}" for i, file in enumerate(files)]  # base names may repeat
+    # Numbered, since base names may repeat.
+    paths = [work / f"{i:06d}-{Path(file.name).name}" for i, file in enumerate(files)]
     *start, skip = meta["position"]
     batches = tokenize_in_order(files, paths, start, settings["tokenizer"], workers)
     if start != [len(files), 0]:
@@ -720,7 +727,8 @@ def prepare(settings: dict, files: list[RawFile], out: Path, workers: int, balan
                 for path in paths[: place[0]]:  # all of whose tokens are in shards
                     path.unlink(missing_ok=True)
         done += len(tokens)
-        status(f"file {place[0] + 1} of {len(files)}: {done / 1e6:,.1f}M tokens, {done / (time.time() - began):,.0f}/s")
+        rate = done / (time.time() - began)
+        status(f"file {place[0] + 1} of {len(files)}: {done / 1e6:,.1f}M tokens, {rate:,.0f}/s")
         if room == 0:
             break
     if pieces:
@@ -728,8 +736,8 @@ def prepare(settings: dict, files: list[RawFile], out: Path, workers: int, balan
     check_unchanged(out, meta, files)
     if not shard_names(meta):
         raise ValueError(f"{', '.join(file.name for file in files)} has no text")
-    # What differs between machines does not stay in it.
-    meta["files"] = [file if file.url else file._replace(name=Path(file.name).name, modified=0) for file in files]
+    if not files[0].url:  # what differs between machines does not stay in meta.json
+        meta["files"] = [file._replace(name=Path(file.name).name, modified=0) for file in files]
     write_meta(out, meta)
     add_checksums(out, ["meta.json"])
     for path in paths:
@@ -748,7 +756,8 @@ CHECKPOINT_FILES = (*MODEL_FILES, "trainer.pt", *TOKENIZER_FILES)
 
 def checkpoints(run: Path) -> list[Path]:
     """The directories of a run that are named like checkpoints, `step_NNNNNN`, oldest first."""
-    named = [path for path in run.glob("step_*") if re.fullmatch(r"step_(\d{6}|[1-9]\d{6,})", path.name)]
+    name = re.compile(r"step_(\d{6}|[1-9]\d{6,})")
+    named = [path for path in run.glob("step_*") if name.fullmatch(path.name)]
     return sorted(named, key=lambda path: int(path.name[5:]))
 
 
@@ -757,7 +766,8 @@ def is_of_its_step(checkpoint: Path) -> bool:
     import torch  # imported only where it is needed
 
     with suppress(Exception):  # of a damaged file
-        trainer = torch.load(checkpoint / "trainer.pt", map_location="cpu", weights_only=True, mmap=True)
+        path = checkpoint / "trainer.pt"
+        trainer = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         return trainer["step"] == int(checkpoint.name[5:])
     return False
 
@@ -781,7 +791,8 @@ def model_directory(name_or_dir: str | Path) -> Path:
     FileNotFoundError if there is no such model, ValueError if it is damaged, OSError if it cannot be fetched."""
     directory = Path(name_or_dir)
     if all((directory / name).exists() for name in MODEL_FILES):
-        if any((directory / name).exists() for name in ("SHA256SUMS", "trainer.pt")):  # a checkpoint has checksums
+        # A checkpoint has checksums.
+        if any((directory / name).exists() for name in ("SHA256SUMS", "trainer.pt")):
             check_checksums(directory, MODEL_FILES)
         return directory
     runs = [run for run in directory.glob("*/") if checkpoints(run)]
@@ -791,12 +802,12 @@ def model_directory(name_or_dir: str | Path) -> Path:
         run = max(runs, key=lambda run: run.stat().st_mtime)
         checkpoint = newest_checkpoint(run)
         if not checkpoint:
-            raise FileNotFoundError(f"{run} has no intact checkpoint; restore one, or choose another model")
+            raise FileNotFoundError(f"{run} has no intact checkpoint; restore one")
         return checkpoint
     if str(name_or_dir) in OPENAI_MODELS:
         return fetch_model(str(name_or_dir))
-    choices = f"a checkpoint, a run, nor one of {', '.join(OPENAI_MODELS)}"
-    raise FileNotFoundError(f"{directory.absolute()} is not a model: neither {choices}; train one first")
+    choices = f"a checkpoint, a run, or one of {', '.join(OPENAI_MODELS)}"
+    raise FileNotFoundError(f"{directory.absolute()} is not a model; train one, or name {choices}")
 
 
 def fetch_model(name: str) -> Path:
@@ -805,10 +816,10 @@ def fetch_model(name: str) -> Path:
     with suppress(OSError, ValueError):
         check_checksums(directory, MODEL_FILES)
         return directory
-    with locked(directory, wait=True):  # download() skips what another process has fetched meanwhile
+    with locked(directory, wait=True):  # download() skips what another process has fetched
         files = {file.name: file for file in list_hub(f"models/openai-community/{name}")}
         if not files.keys() >= set(MODEL_FILES):
-            raise OSError(f"the hub lists no {' and '.join(MODEL_FILES)} for {name}; check HF_ENDPOINT")
+            raise OSError(f"the hub lists no files of {name}; check HF_ENDPOINT")
         for file in MODEL_FILES:
             download(files[file], directory / file)
         add_checksums(directory, MODEL_FILES)
@@ -839,12 +850,12 @@ def one_line_errors(script: str, memory_advice: str) -> Iterator[None]:
         problem = printable(" ".join(str(error).split())) or type(error).__name__
         if isinstance(error, ModuleNotFoundError):
             problem += f"; pip install {error.name}"
-        elif any(words in problem for words in ("MemoryError", "out of memory", "allocate memory", "start new thread")):
+        elif re.search("MemoryError|out of memory|allocate memory|start new thread", problem):
             problem = f"out of memory, or of threads; {memory_advice}"
         elif isinstance(error, RuntimeError):
             raise
         status("")
-        sys.stderr.write(f"{script}: error: {problem}\n")  # in one write: other ranks may be writing too
+        sys.stderr.write(f"{script}: error: {problem}\n")  # in one write, since other ranks write too
         sys.exit(1)
 
 
@@ -927,9 +938,10 @@ def locked(directory: Path, wait: bool = False) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise BlockingIOError(f"{directory} is in use by another process; wait, or choose another --out") from error
+            problem = f"{directory} is in use by another process"
+            raise BlockingIOError(f"{problem}; wait, or choose another --out") from error
         except OSError as error:  # a network file system without locks
-            say(f"warning: {directory} cannot be locked ({error}); make sure only one run writes to it", sys.stderr)
+            say(f"warning: {directory} cannot be locked ({error}); let only one run write to it", sys.stderr)
         yield
 
 
@@ -975,7 +987,9 @@ def reading(what: object) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        problem = f"it has no {error}" if isinstance(error, KeyError) else str(error) or type(error).__name__
+        problem = str(error) or type(error).__name__
+        if isinstance(error, KeyError):
+            problem = f"it has no {error}"
         raise ValueError(f"{what} cannot be used: {problem}") from error
 
 
@@ -999,8 +1013,8 @@ def read_checksums(directory: Path) -> dict[str, str]:
     path = directory / "SHA256SUMS"
     if not path.is_file():
         return {}
-    lines = path.read_text(errors="replace")
-    return {name: digest for digest, name in re.findall(r"^([0-9a-f]{64}) [ *](.+)$", lines, re.MULTILINE)}
+    listed = re.findall(r"^([0-9a-f]{64}) [ *](.+)$", path.read_text(errors="replace"), re.MULTILINE)
+    return {name: digest for digest, name in listed}
 
 
 def add_checksums(directory: Path, names: Iterable[str]) -> None:
@@ -1039,17 +1053,18 @@ def prepare_source(source: str | None, args: argparse.Namespace) -> None:
         if source == "demo":
             files = [write_demo(Path(scratch) / "topics.jsonl")]
         tokenizer_name = args.tokenizer or ("byte" if source == "demo" else "gpt2")
-        # About a tenth, since a token has four bytes or more, or one; the hub's corpora are larger than needed.
+        # About a tenth, at four bytes a token or one; the hub's corpora are larger than needed.
         size = sum(file.size for file in files) or sys.maxsize
         tenth = size // (10 if tokenizer_name == "byte" else 40)
-        val_tokens = args.val_tokens or max(1, min(10**8, tenth, (args.max_tokens or sys.maxsize) // 10))
+        most = args.max_tokens or sys.maxsize
+        val_tokens = args.val_tokens or max(1, min(10**8, tenth, most // 10))
         settings = {  # together, these determine every byte of the result
             "source": source or [[Path(file.name).name, file.size, file.sha256] for file in files],
             "subset": args.subset if source in HUB_DATASETS else None,
             "tokenizer": tokenizer_name,
             "shard_tokens": args.shard_tokens,
-            "val_tokens": val_tokens,
             "max_tokens": args.max_tokens,
+            "val_tokens": val_tokens,
         }
         workers = min(args.workers, os.cpu_count() or 1)
         meta = prepare(settings, files, out, workers, balance=bool(files) and not args.val_tokens)
@@ -1057,7 +1072,7 @@ def prepare_source(source: str | None, args: argparse.Namespace) -> None:
     say(f"{out}: {train_tokens:,} tokens for training, {meta['val']['tokens']:,} for validation")
     data = f"--data={shlex.quote(str(out))}"
     if train_tokens == 0:
-        return say(f"evaluate a model on it with: python train.py --eval-only --init-from MODEL {data}")
+        return say(f"evaluate with: python train.py --eval-only --init-from MODEL {data}")
     preset = "gpt2" if train_tokens >= 10**7 else "book"
     say(f"train with: python train.py --preset {'demo' if source == 'demo' else preset} {data}")
 
@@ -1068,15 +1083,15 @@ def main(argv: list[str] | None = None) -> None:
     add = parser.add_argument
     origin = parser.add_mutually_exclusive_group()
     amount = number(int, 1, 10**15)
-    origin.add_argument("--source", choices=SOURCES, help="what to prepare (default: fineweb-edu, hellaswag, lambada)")
+    origin.add_argument("--source", choices=SOURCES, help="default: fineweb-edu, hellaswag, lambada")
     origin.add_argument("--input", nargs="+", metavar="FILE", help="your own text: " + ", ".join(READERS))
-    add("--subset", default="sample-10BT", help="of FineWeb: sample-100BT, ..., or a dump (default: sample-10BT)")
-    add("--out", help="output directory (default: data/NAME); without --source or --input, FineWeb-Edu only")
+    add("--subset", default="sample-10BT", help="of FineWeb: a sample (default: sample-10BT) or a dump")
+    add("--out", help="output directory (default: data/NAME); alone, for FineWeb-Edu only")
     add("--tokenizer", choices=VOCAB_SIZES, help="tokenizer (default: gpt2; byte for the demo)")
-    add("--shard-tokens", type=number(int, 1, 2**31 - 1), default=10**8, help="tokens in a shard (default: 100M)")
-    add("--val-tokens", type=amount, help="tokens for validation (default: about a tenth of all, at most 100M)")
-    add("--max-tokens", type=amount, help="stop after this many tokens, including validation (default: all)")
-    add("--workers", type=number(int, 1, 1024), default=1024, help="threads (default and at most: one per core)")
+    add("--shard-tokens", type=number(int, 1, 2**31 - 1), default=10**8, help="in a shard (default: 100M)")
+    add("--val-tokens", type=amount, help="for validation (default: about a tenth, at most 100M)")
+    add("--max-tokens", type=amount, help="for both splits together (default: all)")
+    add("--workers", type=number(int, 1, 1024), default=1024, help="threads, at most one per core (the default)")
     args = parser.parse_args(argv)
     sources = [args.source] if args.input or args.source else [*EVALUATION_SETS, "fineweb-edu"]
     with one_line_errors("prepare_data.py", "use fewer --workers"):
