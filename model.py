@@ -311,10 +311,11 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
         optimizer.state.clear()  # a second copy of it
     for group in local.param_groups:
         for parameter in group["params"]:
-            moments = local.state[parameter]
-            moments["step"] = moments["step"].to(parameter.device)  # ZeroRedundancyOptimizer puts it on the CPU
-            if moments["exp_avg"].shape != parameter.shape:
+            values = local.state[parameter]
+            if not values or any(value.dim() and value.shape != parameter.shape for value in values.values()):
                 raise ValueError("the optimizer's state does not fit the model")
+            if local is not optimizer:
+                values["step"] = values["step"].to(parameter.device)  # which it has put on the CPU
 
 
 # Devices
