@@ -100,8 +100,10 @@ def print_samples(
 def sample(args: argparse.Namespace) -> None:
     directory = prep.model_directory(args.model)
     device = gpt.choose_device(args.device)
-    _, tokenizer_name = gpt.read_config(directory)
+    config, tokenizer_name = gpt.read_config(directory)
     tokenizer = prep.get_tokenizer(tokenizer_name)
+    if config.vocab_size > tokenizer.n_vocab:
+        prep.say(f"of {config.vocab_size} tokens, the {tokenizer.n_vocab} of {tokenizer_name} are used", sys.stderr)
     prep.status(f"reading {directory}")
     model = gpt.load_model(directory, vocab_size=tokenizer.n_vocab)
     model = gpt.center_logits(model).to(device, gpt.choose_dtype(args.dtype, device))

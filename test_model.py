@@ -271,13 +271,6 @@ def test_weights_start_as_in_the_paper() -> None:
         assert values.mean().item() == pytest.approx(mean, abs=1e-3), name
 
 
-def test_dropout_is_on_in_training_only() -> None:
-    model = GPT(replace(TINY, dropout=0.5))
-    tokens = torch.randint(61, (1, 8))
-    assert not torch.equal(model(tokens), model(tokens))
-    assert torch.equal(model.eval()(tokens), model(tokens))
-
-
 def test_evaluation_mode_restores_what_it_found() -> None:
     for training, cudnn in ((True, True), (False, False)):
         model = GPT(TINY).train(training)
@@ -288,16 +281,6 @@ def test_evaluation_mode_restores_what_it_found() -> None:
         assert model.training == training and torch.backends.cuda.cudnn_sdp_enabled() == cudnn
         assert torch.is_grad_enabled()
     torch.backends.cuda.enable_cudnn_sdp(True)
-
-
-def test_optimizer_decays_matrices_only_and_is_fused() -> None:
-    model = GPT(TINY)
-    optimizer = model_module.configure_optimizer(model, 1e-3, 0.1, (0.9, 0.95))
-    decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
-    for name, parameter in model.named_parameters():
-        matrix = name.endswith("weight") and "ln_" not in name
-        assert decay[id(parameter)] == (0.1 if matrix else 0.0), name
-    assert all(group["fused"] and group["betas"] == (0.9, 0.95) for group in optimizer.param_groups)
 
 
 def test_centered_logits_are_the_same_text_and_lose_less_in_bfloat16() -> None:
@@ -577,14 +560,6 @@ def test_a_download_that_brings_nothing_new_ends(site: Site, tmp_path: Path, mon
     assert (tmp_path / "a.part").read_bytes() in (content[: len(content) // 2], content)
     site.faults.clear()
     assert prepare_data.download(file, tmp_path / "a").read_bytes() == content
-
-
-def test_a_listing_that_is_not_one_is_refused(site: Site) -> None:
-    listing = "/api/models/b/tree/main"
-    for page in (b"null", b"[1]", b'[{"path": "a"}]', b'[{"path": "a", "size": "b", "lfs": null}]', b"<html>"):
-        site.content[listing] = page
-        with pytest.raises(ValueError, match="list of models/b"):
-            prepare_data.list_hub("models/b")
 
 
 def test_a_listing_has_a_deadline(site: Site, monkeypatch: Patch) -> None:
@@ -1011,15 +986,6 @@ def test_evaluation_sets_are_fetched_with_the_default_corpus(site: Site, tmp_pat
     flip(path)
     with pytest.raises(ValueError, match=f"{path.name} is damaged"):
         train.read_tasks("hellaswag", path, tokenizer, 7)
-
-
-def test_a_malformed_task_is_named(tmp_path: Path) -> None:
-    path, good = tmp_path / "mine.jsonl", as_jsonl(task_lines(1)["hellaswag"])
-    ending = {"ctx": "a", "endings": ["b", "c", "d", "e"], "label": 0}
-    for wrong in ({"ctx": 1}, {"endings": 3}, {"endings": ["b"]}, {"label": "x"}, {"label": math.inf}, {"label": 4}):
-        path.write_bytes(good + as_jsonl([ending | wrong]))
-        with pytest.raises(ValueError, match="line 2"):
-            train.read_tasks("hellaswag", path, prepare_data.get_tokenizer("byte"), 7)
 
 
 # Training
@@ -1456,28 +1422,21 @@ def test_the_newest_checkpoints_and_the_best_are_kept(data: Path, tmp_path: Path
 
 
 def test_what_is_not_a_checkpoint_is_left_alone(data: Path, tmp_path: Path, capsys: Capture) -> None:
-    changes = {"checkpoint_every": 1, "keep_checkpoints": 1, "eval_every": 0}
-    third = run_train(data, tmp_path, **changes | {"steps": 3})
-    shutil.copytree(third, tmp_path / "step_000001")  # not of step 1
-    shutil.copytree(third, tmp_path / "step_000050")
-    for name in ("step_7", "step_best.tmp", "step_000002"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "notes.txt").write_text("mine")
-    before = {path: content for path, content in contents(tmp_path).items() if "metrics" not in path.name}
-    assert prepare_data.model_directory(tmp_path) == third
+    changes = {"checkpoint_every": 2, "keep_checkpoints": 0, "eval_every": 0}
+    run_train(data, tmp_path, **changes)
+    shutil.rmtree(tmp_path / "step_000006")
+    fourth = tmp_path / "step_000004"
+    shutil.copytree(fourth, tmp_path / "step_000001")  # not of step 1
+    shutil.copytree(fourth, tmp_path / "step_000050")
+    mine = [tmp_path / name for name in ("step_7", "step_best.tmp", "step_000003")]
+    for directory in mine:
+        directory.mkdir()
+        (directory / "notes.txt").write_text("mine")
+    assert prepare_data.model_directory(tmp_path) == fourth
     assert "skipping step_000050" in capsys.readouterr().err
-    run_train(data, tmp_path, **changes | {"steps": 3}, resume=True)
-    after = contents(tmp_path)
-    assert all(after[path] == content for path, content in before.items())
-
-
-def test_the_log_is_recreated_when_it_is_gone(data: Path, tmp_path: Path, monkeypatch: Patch) -> None:
-    out = tmp_path / "out"
-    monkeypatch.setattr(train, "learning_rate", train.learning_rate)  # which the end of the test brings back
-    when_called("learning_rate", 3, lambda: shutil.rmtree(out))
-    run_train(data, out)
-    lines = (out / "metrics.jsonl").read_text().splitlines()
-    assert [json.loads(line)["step"] for line in lines] == [3, 3, 4, 5, 6, 6]
+    run_train(data, tmp_path, **changes | {"keep_checkpoints": 1}, resume=True)
+    left = {path.name for path in tmp_path.glob("step_*")}
+    assert left == {"step_000001", "step_000006", "step_000050", *(directory.name for directory in mine)}
 
 
 def test_law_7_a_run_has_one_writer(data: Path, tmp_path: Path, capsys: Capture) -> None:

@@ -301,12 +301,13 @@ def load_batch(split: Split, config: TrainConfig, size: int, process: Process, s
     return batch
 
 
-def identify_shards(data: Path) -> dict[str, str]:
+def identify_shards(data: Path, splits: list[Split]) -> dict[str, str]:
     """What shards are recognized by: the sha256 of each from SHA256SUMS, or else its number of tokens, by its name."""
     checksums = prep.read_checksums(data)
     shards = {}
-    for path in sorted(data.glob("*.bin")):
-        shards[path.name] = checksums.get(path.name) or f"{prep.read_header(path)} tokens"
+    for split in splits:
+        for path, tokens in zip(split.paths, split.tokens, strict=True):
+            shards[path.name] = checksums.get(path.name, f"{tokens} tokens")
     return shards
 
 
@@ -315,8 +316,8 @@ def check_same_shards(data: Path, shards: dict[str, str], saved: dict[str, str])
     for name in sorted(shards.keys() | saved.keys()):
         now = shards.get(name)
         then = saved.get(name)
-        if then is None and "val" in name:
-            continue  # an older version saved only what it read
+        if "val" in name and not (now and then):
+            continue  # one of the two runs does not evaluate
         if now and then and now.endswith(" tokens") and not then.endswith(" tokens"):
             now = prep.sha256_of(data / name)  # an older version hashed all
         if now != then:
@@ -336,7 +337,8 @@ def save_checkpoint(out: Path, model: GPT, trainer: dict, tokenizer: tiktoken.En
         raise FloatingPointError(f"{problem}; start again with a lower --max-lr")
     part = final.with_suffix(".tmp")
     try:
-        prep.discard(part)  # left by a crash
+        for left in out.glob(f"step_{'[0-9]' * 6}.tmp"):  # by a crash
+            prep.discard(left)
         part.mkdir(parents=True)
         gpt.save_model(model, part, tokenizer.name)
         for name, text in prep.tokenizer_files(tokenizer, model.config.block_size).items():
@@ -367,8 +369,8 @@ def find_best(out: Path) -> Path | None:
 
 
 def prune(out: Path, newest: Path, keep: int) -> None:
-    """Remove all checkpoints but the `keep` newest and the best; 0: none."""
-    found = prep.checkpoints(out)
+    """Remove all checkpoints but the `keep` newest and the best; 0: none. What is only named like one stays."""
+    found = [path for path in prep.checkpoints(out) if prep.is_of_its_step(path)]
     past = found[: found.index(newest) + 1]  # a later one is damaged and was skipped
     best = find_best(out)
     for old in past[:-keep] if keep else []:
@@ -793,7 +795,7 @@ def train(config: TrainConfig, given: dict[str, Any] | None = None) -> int:
         usable = f"{data} has only {T * split.sequences:,} usable tokens"
         raise ValueError(f"{usable}; use --preset book, or fewer --total-batch-tokens")
     val_split = prep.open_split(data, "val", T) if config.eval_every else None
-    shards = identify_shards(data)
+    shards = identify_shards(data, [split, val_split] if val_split else [split])
     if checkpoint:
         check_same_shards(data, shards, trainer["shards"])
 
