@@ -12,12 +12,10 @@ contains and how far the shards reach; `SHA256SUMS` covers the shards, and meta.
 """
 
 import argparse
-import codecs
 import gzip
 import hashlib
 import itertools
 import json
-import math
 import os
 import re
 import shlex
@@ -26,14 +24,12 @@ import sys
 import tempfile
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import IO, Any, NamedTuple
-from urllib.parse import urlsplit
 
 try:
     import fcntl
@@ -60,53 +56,50 @@ GPT2_PATTERN = r"(?:'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s
 def get_tokenizer(name: str, thread: int = 0) -> tiktoken.Encoding:
     """The tokenizer "gpt2", fetched once, or "byte": the 256 bytes of UTF-8, and <|endoftext|>. Threads that shared one
     would wait for its scratch memory, so each asks for its own. Raises OSError."""
-    if name == "byte":
-        pattern = r"(?s:.{1,512})"
-        ranks = {bytes([byte]): byte for byte in range(256)}
-        special = {END_OF_TEXT: 256}
-    else:
-        status("loading GPT-2's tokenizer")
+    pattern = r"(?s:.{1,512})"
+    ranks = {bytes([byte]): byte for byte in range(256)}
+    if name == "gpt2":
         advice = "connect to the Internet, or set TIKTOKEN_CACHE_DIR to a cache that contains it"
         with fetching("GPT-2's tokenizer", advice):
             # In a thread, since tiktoken has no timeout of its own.
-            published = begin(tiktoken.get_encoding, name).result(timeout=120)
+            ranks = begin(tiktoken.get_encoding, name).result(timeout=120)._mergeable_ranks
         pattern = GPT2_PATTERN
-        ranks = published._mergeable_ranks
-        special = published._special_tokens
+    special = {END_OF_TEXT: VOCAB_SIZES[name] - 1}
     return tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
 
 
 @cache
 def token_bytes(tokenizer: tiktoken.Encoding) -> np.ndarray:
     """How many bytes of UTF-8 each token stands for: (vocab_size,) uint16, 0 for <|endoftext|>."""
-    sizes = [len(tokenizer.decode_single_token_bytes(token)) for token in range(tokenizer.n_vocab)]
+    tokens = tokenizer.decode_tokens_bytes(range(tokenizer.n_vocab))
+    sizes = np.array([len(token) for token in tokens], dtype=np.uint16)
     sizes[tokenizer.eot_token] = 0
-    return np.array(sizes, dtype=np.uint16)
+    return sizes
 
 
-def last_merge(token: bytes, ranks: dict[bytes, int]) -> list[bytes]:
+def last_merge(token: bytes, ranks: dict) -> list:
     """The two parts whose merge makes a token, the last that byte-pair encoding leaves of it; a byte is one part."""
     parts = [bytes([byte]) for byte in token]
     while len(parts) > 2:
-        merged = [ranks.get(a + b, math.inf) for a, b in itertools.pairwise(parts)]
+        merged = [ranks.get(a + b, len(ranks)) for a, b in itertools.pairwise(parts)]
         first = merged.index(min(merged))
         parts[first : first + 2] = [parts[first] + parts[first + 1]]
     return parts
 
 
 @cache
-def tokenizer_files(tokenizer: tiktoken.Encoding, block_size: int) -> dict[str, str]:
+def tokenizer_files(tokenizer: tiktoken.Encoding, block_size: int) -> dict:
     """The tokenizer's files by name, as GPT-2 has them and transformers reads them. Bytes are spelled as characters:
     the printable ones as in Latin-1, the others from chr(256) on."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in printable]
-    spelling = dict(zip(printable + others, [*printable, *range(256, 324)], strict=True))
-    ranks = {tokenizer.decode_single_token_bytes(token): token for token in range(tokenizer.eot_token)}
+    others = [*range(33), *range(127, 161), 173]
+    spelling = {byte: 256 + i for i, byte in enumerate(others)}
+    tokens = tokenizer.decode_tokens_bytes(range(tokenizer.eot_token))
+    ranks = {token: rank for rank, token in enumerate(tokens)}
     vocab = {}
     merges = ["#version: 0.2"]
-    for token, rank in ranks.items():
-        parts = ["".join(chr(spelling[byte]) for byte in part) for part in last_merge(token, ranks)]
-        vocab["".join(parts)] = rank
+    for token in tokens:
+        parts = [part.decode("latin-1").translate(spelling) for part in last_merge(token, ranks)]
+        vocab["".join(parts)] = ranks[token]
         if len(parts) == 2:
             merges.append(" ".join(parts))
     vocab[END_OF_TEXT] = tokenizer.eot_token
@@ -123,45 +116,32 @@ BATCH_CHARACTERS = 1 << 18  # the position in meta.json counts batches of this s
 MOST_BYTES = 1 << 30  # of a document, which is held in memory
 
 
-def read_lines(path: Path) -> Iterator[bytes]:
-    """The lines of a file that may be compressed, without a byte-order mark at its beginning."""
-    with gzip.open(path) if path.name.lower().endswith(".gz") else open(path, "rb") as file:
-        if file.peek(3)[:3] == codecs.BOM_UTF8:
-            file.read(3)
-        for line in iter(lambda: file.readline(MOST_BYTES + 1), b""):
-            check_size(len(line))
-            yield line
-
-
 def check_size(size: int) -> None:
     if size > MOST_BYTES:
         raise ValueError(f"a document may be at most {MOST_BYTES:,} bytes")
 
 
-def read_txt(path: Path) -> Iterator[str]:
-    """The documents of a text file, which <|endoftext|> separates. A line break behind it belongs to it."""
-    document = []
-    size = 0
-    for line in read_lines(path):
-        *ends, rest = line.split(END_OF_TEXT.encode())
-        for end in ends:
-            yield b"".join([*document, end]).decode()
-            document = []
-            size = 0
-        if not ends or rest not in (b"\n", b"\r\n"):
-            document.append(rest)
-            size += len(rest)
-            check_size(size)
-    yield b"".join(document).decode()
+def read_txt(path: Path) -> Iterator:
+    """The documents of a text file, which <|endoftext|> separates; a line break behind it belongs to it."""
+    rest = "\n"  # as if a separator stood before the first document, as one is put behind the last
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        pieces = iter(lambda: file.read(1 << 24), "")
+        for piece in itertools.chain(pieces, [END_OF_TEXT]):
+            check_size(len(rest))
+            *documents, rest = (rest + piece).split(END_OF_TEXT)
+            for document in documents:
+                yield document.removeprefix("\r").removeprefix("\n")
 
 
-def read_jsonl(path: Path) -> Iterator[Any]:
-    """The field "text" of each line; None for a blank one."""
-    for line in read_lines(path):
-        yield read_object(line, "it").get("text", 0) if line.strip() else None
+def read_jsonl(path: Path) -> Iterator:
+    """The field "text" of each line, None for a blank line. json.loads skips a byte-order mark."""
+    with gzip.open(path) if path.name.lower().endswith(".gz") else open(path, "rb") as file:
+        for line in iter(lambda: file.readline(MOST_BYTES + 1), b""):
+            check_size(len(line))
+            yield read_object(line, "it").get("text", 0) if line.strip() else None
 
 
-def read_parquet(path: Path) -> Iterator[Any]:
+def read_parquet(path: Path) -> Iterator:
     """The column "text" of a Parquet file."""
     import pyarrow.parquet  # imported only where it is needed
 
@@ -172,18 +152,18 @@ def read_parquet(path: Path) -> Iterator[Any]:
 READERS = {".txt": read_txt, ".jsonl": read_jsonl, ".jsonl.gz": read_jsonl, ".parquet": read_parquet}
 
 
-def find_reader(path: Path) -> Callable[[Path], Iterator[Any]]:
+def find_reader(path: Path) -> Callable:
     """The reader for a file's format. Raises ValueError if it has none."""
-    for ending, read in READERS.items():
+    for ending, reader in READERS.items():
         if path.name.lower().endswith(ending):
-            return read
+            return reader
     raise ValueError(f"{path} is not a file of a known format ({', '.join(READERS)})")
 
 
-def read_texts(path: Path) -> Iterator[str]:
+def read_texts(path: Path) -> Iterator:
     """The documents of a file; an empty text for none. Raises ValueError, naming the line, for a damaged, non-Unicode
     or oversized one."""
-    number = 1
+    line = 1
     separators = 0
     try:
         for text in find_reader(path)(path):
@@ -192,16 +172,16 @@ def read_texts(path: Path) -> Iterator[str]:
             text = text or ""
             check_size(len(text.encode()))  # which fails for half a character, as JSON can spell it
             yield text
-            number += 1
+            line += 1
             separators += text.count(END_OF_TEXT)
     except Exception as error:  # of the file system, zlib, JSON, pyarrow, ...
-        where = f"{path}, line {number:,}," if ".jsonl" in path.name.lower() else path
+        where = f"{path}, line {line:,}," if ".jsonl" in path.name.lower() else path
         raise ValueError(f"{where} cannot be read: {str(error) or type(error).__name__}") from error
     if separators:
-        say(f"warning: {path} has {separators:,} {END_OF_TEXT} in its texts, as ordinary text", sys.stderr)
+        say(f"warning: {path} has {separators:,} {END_OF_TEXT} in its texts, kept as text", sys.stderr)
 
 
-def read_batches(path: Path) -> Iterator[list[str]]:
+def read_batches(path: Path) -> Iterator:
     """The documents of a file that are not empty, in batches of at least BATCH_CHARACTERS."""
     batch = []
     length = 0
@@ -249,18 +229,12 @@ class RawFile(NamedTuple):
     modified: int = 0  # when a local file was last modified, in nanoseconds
 
 
-def hub_address() -> str:
-    """The hub's address. Raises ValueError, without repeating it, if HF_ENDPOINT is not one."""
-    address = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
-    parts = urlsplit(address)
-    if parts.scheme not in ("http", "https") or not parts.hostname or "@" in address:
-        raise ValueError("HF_ENDPOINT must be like https://huggingface.co, without a password")
-    return address
-
-
 def get(url: str, first: int = 0) -> requests.Response:
-    """Request a page, or a file from byte `first` on, with HF_TOKEN for the hub alone. Raises RequestException."""
-    hub = hub_address()
+    """Request a page, or a file from byte `first` on, with HF_TOKEN for the hub alone. Raises RequestException, or
+    ValueError, which does not repeat it, for a HF_ENDPOINT that is no address or contains a password."""
+    hub = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
+    if not re.fullmatch(r"https?://[^/@\s]+(/[^@\s]*)?", hub):
+        raise ValueError("HF_ENDPOINT must be like https://huggingface.co, without a password")
     if url.startswith("/"):
         url = hub + url
     headers = {"Accept-Encoding": "identity"}
@@ -271,66 +245,52 @@ def get(url: str, first: int = 0) -> requests.Response:
         if not re.fullmatch("[!-~]+", token):
             raise ValueError("HF_TOKEN contains characters that no token has; copy it again")
         headers["Authorization"] = f"Bearer {token}"
-    retries = Retry(
-        total=8,
-        connect=2,
-        read=2,
-        status_forcelist=(408, 429, 500, 502, 503, 504),
-        raise_on_status=False,
-        backoff_factor=1,
-        backoff_max=60,
-        retry_after_max=60,
-    )
+    busy = (408, 429, 500, 502, 503, 504)
+    waits = {"backoff_factor": 1, "backoff_max": 60, "retry_after_max": 60}
+    retries = Retry(8, connect=2, read=2, status_forcelist=busy, raise_on_status=False, **waits)
     session = requests.Session()
+    session.auth = lambda request: request  # or .netrc's password would replace the token
     for scheme in ("http://", "https://"):
         session.mount(scheme, requests.adapters.HTTPAdapter(max_retries=retries))
     response = session.get(url, headers=headers, stream=True, timeout=(10, 30))
     if response.status_code not in (200, 206):
-        raise requests.HTTPError(response=response)
+        raise requests.HTTPError(f"the server answered {response.status_code}")
     return response
 
 
-# What another attempt cannot change: a refusal, redirects that lead nowhere, an odd address.
-HOPELESS = (requests.HTTPError, requests.TooManyRedirects, ValueError)
+ADVICE = "check --subset, HF_ENDPOINT and your proxy, set HF_TOKEN, or run it again to continue"
 
 
 @contextmanager
-def fetching(name: str, advice: str = "run the same command again to continue") -> Iterator[None]:
+def fetching(name: str, advice: str = ADVICE) -> Iterator:
     """Turn any failure of a request into an OSError that says what to do."""
     try:
         yield
     except (requests.RequestException, HTTPError, TimeoutError) as error:
-        code = error.response.status_code if isinstance(error, requests.HTTPError) else 0
-        problem = f"the server answered {code}" if code else type(error).__name__
-        if code in (401, 403):
-            advice = "set HF_TOKEN to a token with access"
-        elif isinstance(error, HOPELESS) and code < 500 and code != 429:
-            advice = "check --subset, HF_ENDPOINT and your proxy, if you set them"
+        problem = error if isinstance(error, requests.HTTPError) else type(error).__name__
         raise OSError(f"{name} could not be fetched: {problem}; {advice}") from error
 
 
-def list_hub(repository: str, folder: str = "") -> list[RawFile]:
+def list_hub(repository: str, folder: str = "") -> list:
     """List a folder of `datasets/OWNER/NAME` or `models/OWNER/NAME` on the hub. Raises OSError or ValueError."""
-    name = f"list of {repository}{folder}"
-    status(f"fetching the {name}")
+    name = f"the list of {repository}{folder}"
     base = f"/{repository.removeprefix('models/')}/resolve/main"
     url = f"/api/{repository}/tree/main{folder}"
     deadline = time.monotonic() + 60
     files = set()
     while url:
         page = b""
-        with fetching(f"the {name}"), get(url) as response:
+        with fetching(name), get(url) as response:
             for piece in iter(lambda: response.raw.read1(1 << 16), b""):
                 page += piece
                 if time.monotonic() > deadline:
                     raise TimeoutError
-            url = response.links.get("next", {}).get("url")
         with reading(name):
             for entry in json.loads(page):
-                lfs = entry.get("lfs") or {}
                 path = str(entry["path"])
-                checksum = str(lfs.get("oid", ""))
+                checksum = (entry.get("lfs") or {}).get("oid", "")
                 files.add(RawFile(path, int(entry["size"]), checksum, f"{base}/{path}"))
+        url = response.links.get("next", {}).get("url")
     return sorted(files)
 
 
@@ -366,7 +326,9 @@ def download(file: RawFile, path: Path) -> Path:
             except (requests.RequestException, HTTPError) as error:
                 failures = 0 if out.tell() > furthest else failures + 1
                 furthest = max(furthest, out.tell())
-                if failures == 8 or isinstance(error, HOPELESS):
+                # Another attempt does not change a refusal, redirects that lead nowhere, or an odd address.
+                hopeless = isinstance(error, requests.HTTPError | requests.TooManyRedirects | ValueError)
+                if hopeless or failures == 8:
                     raise
                 say(f"fetching {file.name}: {type(error).__name__}; trying again", sys.stderr)
                 time.sleep(min(60.0, 2.0**failures - 1))
@@ -377,29 +339,25 @@ def download(file: RawFile, path: Path) -> Path:
     return path
 
 
-Place = list[int]  # a file, and a batch of documents in it
-Batches = Iterator[tuple[Place, np.ndarray]]  # with the tokens of each, (n,) uint16
+def tokenize_in_order(files: list, paths: list, start: list, tokenizer_name: str, workers: int) -> Iterator:
+    """(place, tokens) of each batch of documents, in order, from the place `start` on: a file and a batch in it, and
+    (n,) uint16. Threads tokenize ahead (tiktoken releases the GIL) while one downloads the next file, to its path."""
 
-
-def tokenize_in_order(
-    files: list[RawFile], paths: list[Path], start: Place, tokenizer_name: str, workers: int
-) -> Batches:
-    """The tokens of each batch of documents, in order, from `start` on. Threads tokenize ahead (tiktoken releases the
-    GIL) while one downloads the next file, to its path."""
-
-    def fetch(index: int) -> Future | None:
-        return begin(download, files[index], paths[index]) if index < len(files) else None
-
-    def read() -> Iterator[tuple[Place, list[str]]]:
-        ahead = fetch(start[0])
-        for index in range(start[0], len(files)):
+    def read() -> Iterator:
+        first = start[0]
+        # Each begins when it is asked for.
+        downloads = map(begin, itertools.repeat(download), files[first:], paths[first:])
+        ahead = next(downloads, None)
+        for index in range(first, len(files)):
             path = ahead.result()
-            ahead = fetch(index + 1)
+            ahead = next(downloads, None)
             for i, texts in enumerate(read_batches(path)):
                 if [index, i] >= start:
                     yield [index, i], texts
+            if [index, i] < start:
+                raise ValueError(f"{path} ends before the position in meta.json; choose another --out")
 
-    def tokenize_batch(batch: tuple[Place, list[str]]) -> tuple[Place, np.ndarray]:
+    def tokenize_batch(batch: tuple) -> tuple:
         place, texts = batch
         return place, tokenize(texts, get_tokenizer(tokenizer_name, threading.get_ident()))
 
@@ -417,14 +375,11 @@ def read_header(path: Path) -> int:
     """The number of tokens in a shard. Raises ValueError if it is not a whole one."""
     if not path.is_file():
         raise ValueError(f"{path} is missing, or not a regular file")
-    with open(path, "rb") as file:
-        header = np.frombuffer(file.read(12).ljust(12, b"\0"), dtype="<i4")
-    magic, version, tokens = header.tolist()
     size = path.stat().st_size
-    whole = tokens >= 1 and size == HEADER_BYTES + 2 * tokens
-    if magic != SHARD_MAGIC or version != SHARD_VERSION or not whole:
-        problem = f"{tokens:,} tokens by its header, {size:,} bytes"
-        raise ValueError(f"{path} is damaged, empty, or no token shard: {problem}")
+    tokens = (size - HEADER_BYTES) // 2
+    header = np.fromfile(path, dtype="<i4", count=3).tolist()
+    if header != [SHARD_MAGIC, SHARD_VERSION, tokens] or size % 2 or tokens < 1:
+        raise ValueError(f"{path} is damaged, empty, or no token shard: {size:,} bytes")
     return tokens
 
 
@@ -461,13 +416,13 @@ def read_meta(directory: Path) -> dict:
 def open_split(directory: Path, name: str, sequence_length: int) -> Split:
     """Read the headers of a split's shards, `*name_*.bin` or llm.c's `*_name.bin`; the split is "train" or "val".
     Raises ValueError for shards that are missing, damaged, unlisted or too short, FileNotFoundError for none."""
-    meta = read_meta(directory)
+    vocab_size = read_meta(directory)["vocab_size"]
     paths = sorted(directory.glob(f"*{name}_*.bin")) or sorted(directory.glob(f"*_{name}.bin"))
-    listed = read_checksums(directory).keys()
+    listed = read_checksums(directory)
     if listed:
         found = {path.name for path in paths}
         missing = {file for file in listed if file.startswith(f"{name}_")} - found
-        unlisted = found - listed
+        unlisted = found - listed.keys()
         if missing or unlisted:
             problem = f"{directory / min(missing | unlisted)} is missing, or not in SHA256SUMS"
             raise ValueError(f"{problem}; restore it, or prepare the data again elsewhere")
@@ -479,7 +434,7 @@ def open_split(directory: Path, name: str, sequence_length: int) -> Split:
     if first[-1] == 0:
         problem = f"no {name} shard of {directory} has {sequence_length + 1} tokens"
         raise ValueError(f"{problem}; use more text, or a shorter --sequence-length")
-    return Split(paths, tokens, first, sequence_length, meta["vocab_size"])
+    return Split(paths, tokens, first, sequence_length, vocab_size)
 
 
 def read_sequences(split: Split, indices: np.ndarray) -> np.ndarray:
@@ -496,7 +451,7 @@ def read_sequences(split: Split, indices: np.ndarray) -> np.ndarray:
             raise ValueError(f"{path} was truncated while in use")
         largest = tokens.max()
         if largest >= split.vocab_size:
-            raise ValueError(f"{path} contains token {largest} of a vocabulary of {split.vocab_size}")
+            raise ValueError(f"{path} contains token {largest} of {split.vocab_size}")
         sequences[row] = tokens
     return sequences
 
@@ -504,29 +459,21 @@ def read_sequences(split: Split, indices: np.ndarray) -> np.ndarray:
 # Corpora and evaluation sets
 
 HUB_DATASETS = {"fineweb-edu": "HuggingFaceFW/fineweb-edu", "fineweb": "HuggingFaceFW/fineweb"}
-FILES = {
+FILES = {  # by source: name, size, sha256, url
     "shakespeare": RawFile(
-        name="shakespeare.txt",
-        size=1_115_394,
-        sha256="86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed",
-        url="https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
-    ),
+        "shakespeare.txt", 1_115_394, "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed",
+        "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"),
     "hellaswag": RawFile(
-        name="hellaswag_val.jsonl",
-        size=12_246_618,
-        sha256="0aa3b88843990f3f10a97b9575c94d7b71fb2205240ba04ae4884d9e9c992588",
-        url="https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl",
-    ),
+        "hellaswag_val.jsonl", 12_246_618, "0aa3b88843990f3f10a97b9575c94d7b71fb2205240ba04ae4884d9e9c992588",
+        "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl"),
     "lambada": RawFile(
-        name="lambada_test.jsonl",
-        size=1_819_752,
-        sha256="4aa8d02cd17c719165fc8a7887fddd641f43fcafa4b1c806ca8abc31fabdb226",
-        url="https://openaipublic.blob.core.windows.net/gpt-2/data/lambada_test.jsonl",
-    ),
-}
+        "lambada_test.jsonl", 1_819_752, "4aa8d02cd17c719165fc8a7887fddd641f43fcafa4b1c806ca8abc31fabdb226",
+        "https://openaipublic.blob.core.windows.net/gpt-2/data/lambada_test.jsonl"),
+}  # fmt: skip
 EVALUATION_SETS = ("hellaswag", "lambada")
 SOURCES = (*HUB_DATASETS, "shakespeare", "demo", *EVALUATION_SETS)
 COUNTS = ("shards", "documents", "tokens", "bytes")  # of each split, in meta.json
+START = [0, 0, 0]  # a position in a corpus: a file, a batch of documents in it, a token in that
 
 
 def local_file(path: Path) -> RawFile:
@@ -547,16 +494,15 @@ def write_demo(path: Path) -> RawFile:
     return local_file(path)._replace(modified=0)  # written anew by each command
 
 
-def list_corpus(settings: dict) -> list[RawFile]:
+def list_corpus(settings: dict) -> list:
     """The Parquet files of a sample or a dump of FineWeb, as many as max_tokens needs. Raises OSError."""
     subset = settings["subset"]
     folder = f"/data/{subset}"
     if subset.startswith("sample-"):
         folder = subset.replace("sample-", "/sample/")
-    files = list_hub(f"datasets/{HUB_DATASETS[settings['source']]}", folder)
     needed = []
     tokens = 0
-    for file in files:
+    for file in list_hub(f"datasets/{HUB_DATASETS[settings['source']]}", folder):
         if file.name.endswith(".parquet") and tokens < (settings["max_tokens"] or sys.maxsize):
             needed.append(file)
             tokens += 0.2 * file.size  # about 0.3 tokens a byte, less a margin
@@ -568,10 +514,10 @@ def list_corpus(settings: dict) -> list[RawFile]:
 def next_shard(meta: dict) -> tuple[str, int]:
     """The split that the next token belongs to, and how many tokens its next shard may hold, 0 at max_tokens."""
     val = meta["val"]["tokens"]
-    total = val + meta["train"]["tokens"]
-    room = min(meta["shard_tokens"], (meta["max_tokens"] or sys.maxsize) - total)
-    if val < meta["val_limit"]:
-        return "val", min(room, meta["val_limit"] - val)
+    left = (meta["max_tokens"] or sys.maxsize) - val - meta["train"]["tokens"]
+    room = min(meta["shard_tokens"], left)
+    if val < meta["val_tokens"]:
+        return "val", min(room, meta["val_tokens"] - val)
     return "train", room
 
 
@@ -579,9 +525,9 @@ def write_meta(out: Path, meta: dict) -> None:
     write_atomically(out / "meta.json", [json.dumps(meta, indent=2).encode() + b"\n"])
 
 
-def add_shard(out: Path, meta: dict, pieces: list[np.ndarray], split: str, position: list[int]) -> None:
-    """Write a shard, its checksum, then meta.json: what the split now holds, and `position`, the first token that is in
-    no shard yet, as [file, batch in it, token in that]."""
+def add_shard(out: Path, meta: dict, pieces: list, split: str, position: list) -> None:
+    """Write a shard, its checksum, then meta.json: what the split now holds, and the `position` of the first token that
+    is in no shard yet."""
     tokenizer = get_tokenizer(meta["tokenizer"])
     counts = meta[split]
     total = sum(map(len, pieces))
@@ -602,40 +548,33 @@ def add_shard(out: Path, meta: dict, pieces: list[np.ndarray], split: str, posit
 
 def shard_names(meta: dict) -> list[str]:
     """The shards that meta.json says exist."""
-    splits = ("val", "train")
-    return [f"{split}_{i:06d}.bin" for split in splits for i in range(meta[split]["shards"])]
+    return [f"{split}_{i:06d}.bin" for split in ("val", "train") for i in range(meta[split]["shards"])]
 
 
-def read_progress(out: Path) -> dict:
-    """The meta.json of an earlier run, which may have finished. Raises ValueError for one that cannot be continued."""
-    path = out / "meta.json"
-    meta = read_object(path.read_bytes(), path)
-    with reading(f"{path}, perhaps from another version,"):
-        for split in ("train", "val"):
-            meta[split] = {name: int(meta[split][name]) for name in COUNTS}
-        meta["files"] = [RawFile(*file) for file in meta.get("files", [])]
-        meta["position"] = [int(meta["position"][i]) for i in range(3)]
-        meta.setdefault("val_limit", meta["val_tokens"])
-    return meta
-
-
-def open_meta(settings: dict, files: list[RawFile], out: Path) -> dict:
+def open_meta(settings: dict, files: list, out: Path) -> dict:
     """The meta.json of an earlier run with these settings, or a new one. Raises ValueError or FileExistsError."""
-    start = [0, 0, 0]
-    if (out / "meta.json").exists():
-        meta = read_progress(out)
-        for name, now in settings.items():
-            if meta["position"] != start and meta.get(name) != now:
-                problem = f"{out} was prepared differently: {name} was {meta.get(name)}, now {now}"
-                raise ValueError(f"{problem}; choose another --out")
-        if meta["position"] != start:
+    path = out / "meta.json"
+    if path.exists():
+        meta = read_object(path.read_bytes(), path)
+        with reading(path):
+            for split in ("train", "val"):
+                meta[split] = {name: int(meta[split][name]) for name in COUNTS}
+            meta["files"] = [RawFile(*file) for file in meta["files"]]
+            meta["position"] = [int(meta["position"][i]) for i in range(3)]
+            if min(meta["position"]) < 0 or meta["position"] > [len(meta["files"]), 0, 0]:
+                raise ValueError("its position is out of range")
+        changed = [name for name, value in settings.items() if meta.get(name) != value]
+        begun = meta["position"] != START
+        if begun and changed:
+            problem = f"{out} was prepared differently: {changed[0]} was {meta.get(changed[0])}"
+            raise ValueError(f"{problem}, now {settings[changed[0]]}; choose another --out")
+        if begun:
             return meta
     elif any(out.glob("*.bin")):
         raise FileExistsError(f"{out} has shards that this script did not write; choose another --out")
     meta = settings | {split: dict.fromkeys(COUNTS, 0) for split in ("train", "val")}
-    meta["vocab_size"] = VOCAB_SIZES[settings["tokenizer"]]
-    meta["val_limit"] = settings["val_tokens"]
-    meta["position"] = start
+    meta["vocab_size"] = VOCAB_SIZES[meta["tokenizer"]]
+    meta["position"] = START
     meta["files"] = files or list_corpus(settings)  # kept, since the hub's listing may change
     write_meta(out, meta)
     return meta
@@ -655,44 +594,41 @@ def check_prepared(out: Path, meta: dict) -> bool:
     return complete
 
 
-def check_unchanged(out: Path, meta: dict, files: list[RawFile]) -> None:
+def check_unchanged(out: Path, meta: dict, files: list) -> None:
     """Raise ValueError for an input that is not what it was when the preparation began, and remove what was made."""
     for file, before in zip(files, meta["files"], strict=True):
-        if file.url or not before.modified:
+        if not before.modified:  # not a file of the user's
             continue
-        now = Path(file.name).stat()
+        now = os.stat(file.name)
         if (now.st_size, now.st_mtime_ns) != (before.size, before.modified):
             for name in (*shard_names(meta), "SHA256SUMS", "meta.json"):
                 (out / name).unlink(missing_ok=True)
             problem = f"{file.name} changed while it was being prepared"
-            raise ValueError(f"{problem}; what was made of it is removed; run it again")
+            raise ValueError(f"{problem}; what was made of it is removed; run the same command again")
 
 
-def check_position(batches: Batches, position: list[int]) -> Batches:
-    """The same batches. Raises ValueError if the first is not the one that contains `position`."""
-    *start, skip = position
-    first = next(batches, None)
-    if min(position) < 0 or not first or first[0] != start or skip > len(first[1]):
-        raise ValueError(f"the position {position} in meta.json cannot be; choose another --out")
-    return itertools.chain([first], batches)
-
-
-def balance_splits(batches: Batches, meta: dict) -> Batches:
-    """The same batches, read ahead until it is sure that validation gets at most half of all tokens."""
+def choose_val_tokens(batches: Iterator, meta: dict) -> Iterator:
+    """Decide on meta["val_tokens"]: about a tenth of the corpus, but at most half, for which batches are read ahead;
+    of the hub's corpora, which are large enough, 100M. Return the same batches."""
+    val_tokens = max(1, min(10**8, (meta["max_tokens"] or sys.maxsize) // 10))
     ahead = []
-    total = 0
-    for batch in batches:
-        ahead.append(batch)
-        total += len(batch[1])
-        if total >= 2 * meta["val_limit"]:
-            break
-    meta["val_limit"] = min(meta["val_limit"], total // 2)
+    if not meta["subset"]:
+        bytes_per_token = 1 if meta["tokenizer"] == "byte" else 4
+        size = sum(file.size for file in meta["files"])
+        val_tokens = max(1, min(val_tokens, size // (10 * bytes_per_token)))
+        total = 0
+        for batch in batches:
+            ahead.append(batch)
+            total += len(batch[1])
+            if total >= 2 * val_tokens:
+                break
+        val_tokens = min(val_tokens, total // 2)
+    meta["val_tokens"] = val_tokens
     return itertools.chain(ahead, batches)
 
 
-def prepare(settings: dict, files: list[RawFile], out: Path, workers: int, balance: bool) -> dict:
-    """Prepare `out` according to `settings`, or continue an earlier run; return the content of its meta.json. With
-    `balance`, validation gets at most half of the tokens."""
+def prepare(settings: dict, files: list, out: Path, workers: int) -> dict:
+    """Prepare `out` according to `settings`, or continue an earlier run; return the content of its meta.json."""
     get_tokenizer(settings["tokenizer"])  # fail now if it cannot be fetched
     meta = open_meta(settings, files, out)
     if check_prepared(out, meta):
@@ -705,16 +641,14 @@ def prepare(settings: dict, files: list[RawFile], out: Path, workers: int, balan
     paths = [work / f"{i:06d}-{Path(file.name).name}" for i, file in enumerate(files)]
     *start, skip = meta["position"]
     batches = tokenize_in_order(files, paths, start, settings["tokenizer"], workers)
-    if start != [len(files), 0]:
-        batches = check_position(batches, meta["position"])
-    if balance and meta["position"] == [0, 0, 0]:
-        batches = balance_splits(batches, meta)
+    if "val_tokens" not in meta:
+        batches = choose_val_tokens(batches, meta)
     split, room = next_shard(meta)
     pieces = []  # of the next shard
-    done = 0
-    began = time.time()
     for place, tokens in batches:
         used = skip if place == start else 0  # tokens of this batch that are in shards
+        if used > len(tokens):
+            raise ValueError(f"{out / 'meta.json'} has an impossible position; choose another --out")
         while used < len(tokens) and room:
             piece = tokens[used : used + room]
             pieces.append(piece)
@@ -726,9 +660,7 @@ def prepare(settings: dict, files: list[RawFile], out: Path, workers: int, balan
                 pieces = []
                 for path in paths[: place[0]]:  # all of whose tokens are in shards
                     path.unlink(missing_ok=True)
-        done += len(tokens)
-        rate = done / (time.time() - began)
-        status(f"file {place[0] + 1} of {len(files)}: {done / 1e6:,.1f}M tokens, {rate:,.0f}/s")
+        status(f"file {place[0] + 1} of {len(files)}: {room:,} tokens to the next shard")
         if room == 0:
             break
     if pieces:
@@ -736,8 +668,8 @@ def prepare(settings: dict, files: list[RawFile], out: Path, workers: int, balan
     check_unchanged(out, meta, files)
     if not shard_names(meta):
         raise ValueError(f"{', '.join(file.name for file in files)} has no text")
-    if not files[0].url:  # what differs between machines does not stay in meta.json
-        meta["files"] = [file._replace(name=Path(file.name).name, modified=0) for file in files]
+    # What differs between machines does not stay in meta.json.
+    meta["files"] = [file._replace(name=Path(file.name).name, modified=0) for file in files]
     write_meta(out, meta)
     add_checksums(out, ["meta.json"])
     for path in paths:
@@ -756,8 +688,8 @@ CHECKPOINT_FILES = (*MODEL_FILES, "trainer.pt", *TOKENIZER_FILES)
 
 def checkpoints(run: Path) -> list[Path]:
     """The directories of a run that are named like checkpoints, `step_NNNNNN`, oldest first."""
-    name = re.compile(r"step_(\d{6}|[1-9]\d{6,})")
-    named = [path for path in run.glob("step_*") if name.fullmatch(path.name)]
+    name = re.compile(r"step_([0-9]{6}|[1-9][0-9]{6,})")
+    named = [path for path in run.glob("step_*/") if name.fullmatch(path.name)]
     return sorted(named, key=lambda path: int(path.name[5:]))
 
 
@@ -765,8 +697,8 @@ def is_of_its_step(checkpoint: Path) -> bool:
     """Whether the trainer.pt of a checkpoint is of the step in its name, so that it is no copy, nor something else."""
     import torch  # imported only where it is needed
 
+    path = checkpoint / "trainer.pt"
     with suppress(Exception):  # of a damaged file
-        path = checkpoint / "trainer.pt"
         trainer = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         return trainer["step"] == int(checkpoint.name[5:])
     return False
@@ -777,9 +709,9 @@ def newest_checkpoint(run: Path) -> Path | None:
     for checkpoint in reversed(checkpoints(run)):
         try:
             check_checksums(checkpoint, CHECKPOINT_FILES)
-            if not is_of_its_step(checkpoint):
-                raise ValueError(f"{checkpoint / 'trainer.pt'} is of another step")
-            return checkpoint
+            if is_of_its_step(checkpoint):
+                return checkpoint
+            raise ValueError(f"{checkpoint / 'trainer.pt'} is of another step")
         except (ValueError, OSError) as error:
             say(f"warning: {error}; skipping {checkpoint.name}", sys.stderr)
     return None
@@ -795,9 +727,7 @@ def model_directory(name_or_dir: str | Path) -> Path:
         if any((directory / name).exists() for name in ("SHA256SUMS", "trainer.pt")):
             check_checksums(directory, MODEL_FILES)
         return directory
-    runs = [run for run in directory.glob("*/") if checkpoints(run)]
-    if checkpoints(directory):
-        runs = [directory]
+    runs = [run for run in (directory, *directory.glob("*/")) if checkpoints(run)]
     if runs:
         run = max(runs, key=lambda run: run.stat().st_mtime)
         checkpoint = newest_checkpoint(run)
@@ -818,9 +748,9 @@ def fetch_model(name: str) -> Path:
         return directory
     with locked(directory, wait=True):  # download() skips what another process has fetched
         files = {file.name: file for file in list_hub(f"models/openai-community/{name}")}
-        if not files.keys() >= set(MODEL_FILES):
-            raise OSError(f"the hub lists no files of {name}; check HF_ENDPOINT")
         for file in MODEL_FILES:
+            if file not in files:
+                raise OSError(f"the hub lists no {file} of {name}; check HF_ENDPOINT")
             download(files[file], directory / file)
         add_checksums(directory, MODEL_FILES)
     return directory
@@ -830,11 +760,11 @@ def fetch_model(name: str) -> Path:
 
 
 @contextmanager
-def one_line_errors(script: str, memory_advice: str) -> Iterator[None]:
+def one_line_errors(script: str, memory_advice: str) -> Iterator:
     """Turn an error that the user can fix into one line and exit status 1, and Ctrl-C into exit status 130."""
-    for name in ("stdin", "stdout", "stderr"):  # those that were closed
-        if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:  # it was closed
+            setattr(sys, name, open(os.devnull, "r+"))
     with suppress(AttributeError):  # a test's replacement
         sys.stdout.reconfigure(errors="replace")
     try:
@@ -885,7 +815,7 @@ def status(text: str) -> None:
         print(f"\r{line}\x1b[K", end="", file=sys.stderr, flush=True)
 
 
-def number(kind: type, least: float, most: float) -> Callable[[str], Any]:
+def number(kind: type, least: float, most: float) -> Callable:
     """A parser of command-line values, int or float, in a range: 1000000, 100_000, 500k, 100M or 10B."""
 
     def parse(text: str) -> Any:
@@ -914,23 +844,23 @@ def begin(function: Callable, *args: Any) -> Future:
     return future
 
 
-def in_background(function: Callable, items: Iterable[Any], threads: int, ahead: int) -> Iterator[Any]:
+def in_background(function: Callable, items: Iterable, threads: int, ahead: int) -> Iterator:
     """function(item) for each item, in order, computed by `threads` threads up to `ahead` items in advance."""
     pool = ThreadPoolExecutor(threads)
-    pending = deque()
+    pending = []
     for item in items:
         pending.append(pool.submit(function, item))
         if len(pending) > ahead:
-            yield pending.popleft().result()
-    while pending:
-        yield pending.popleft().result()
+            yield pending.pop(0).result()
+    for future in pending:
+        yield future.result()
 
 
-# Shared by the scripts: files that are written whole, by one process, and checked when they are read
+# Shared by the scripts: files that are written whole, and by one process, and checked
 
 
 @contextmanager
-def locked(directory: Path, wait: bool = False) -> Iterator[None]:
+def locked(directory: Path, wait: bool = False) -> Iterator:
     """Hold the lock of a directory, created if need be, so that only one process writes to it. The lock ends with its
     process, however that ends. Raises BlockingIOError if another process holds it; with `wait`, waits for it."""
     directory.mkdir(parents=True, exist_ok=True)
@@ -938,8 +868,8 @@ def locked(directory: Path, wait: bool = False) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            problem = f"{directory} is in use by another process"
-            raise BlockingIOError(f"{problem}; wait, or choose another --out") from error
+            advice = "wait, or choose another --out"
+            raise BlockingIOError(f"{directory} is in use by another process; {advice}") from error
         except OSError as error:  # a network file system without locks
             say(f"warning: {directory} cannot be locked ({error}); let only one run write to it", sys.stderr)
         yield
@@ -961,7 +891,7 @@ def synchronize(path: Path) -> None:
 
 
 @contextmanager
-def writing(path: Path) -> Iterator[None]:
+def writing(path: Path) -> Iterator:
     """Name the file in an error that the operating system leaves nameless, such as a full disk."""
     try:
         yield
@@ -971,7 +901,7 @@ def writing(path: Path) -> Iterator[None]:
         raise OSError(f"{path}: {error.strerror}") from error
 
 
-def write_atomically(path: Path, pieces: Iterable[Any]) -> None:
+def write_atomically(path: Path, pieces: Iterable) -> None:
     """Write bytes or arrays so that a crash at any moment leaves the old file or the new one."""
     part = path.with_name(path.name + ".tmp")
     with writing(path):
@@ -982,7 +912,7 @@ def write_atomically(path: Path, pieces: Iterable[Any]) -> None:
 
 
 @contextmanager
-def reading(what: object) -> Iterator[None]:
+def reading(what: object) -> Iterator:
     """Turn anything that goes wrong with a foreign file into a ValueError that names it."""
     try:
         yield
@@ -1008,32 +938,33 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def read_checksums(directory: Path) -> dict[str, str]:
+def read_checksums(directory: Path) -> dict:
     """The sha256 of each file that `SHA256SUMS` lists, by its name, as `sha256sum` writes it; {} without the file."""
     path = directory / "SHA256SUMS"
     if not path.is_file():
         return {}
     listed = re.findall(r"^([0-9a-f]{64}) [ *](.+)$", path.read_text(errors="replace"), re.MULTILINE)
-    return {name: digest for digest, name in listed}
+    return {name: checksum for checksum, name in listed}
 
 
-def add_checksums(directory: Path, names: Iterable[str]) -> None:
+def add_checksums(directory: Path, names: Iterable) -> None:
     """Add files to `SHA256SUMS`, which `sha256sum -c` reads."""
     checksums = read_checksums(directory) | {name: sha256_of(directory / name) for name in names}
     lines = [f"{checksums[name]}  {name}\n".encode() for name in sorted(checksums)]
     write_atomically(directory / "SHA256SUMS", lines)
 
 
-def check_checksums(directory: Path, names: Iterable[str]) -> None:
+def check_checksums(directory: Path, names: Iterable) -> None:
     """Raise FileNotFoundError for a file that is missing, ValueError for one that is not as `SHA256SUMS` says."""
     checksums = read_checksums(directory)
     for name in names:
-        if not (directory / name).is_file():
-            raise FileNotFoundError(f"{directory / name} is missing")
+        path = directory / name
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} is missing")
         if name not in checksums:
-            raise ValueError(f"{directory / name} is not listed in SHA256SUMS")
-        if sha256_of(directory / name) != checksums[name]:
-            raise ValueError(f"{directory / name} is damaged: its sha256 does not match")
+            raise ValueError(f"{path} is not listed in SHA256SUMS")
+        if sha256_of(path) != checksums[name]:
+            raise ValueError(f"{path} is damaged: its sha256 does not match")
 
 
 # The command line
@@ -1052,46 +983,43 @@ def prepare_source(source: str | None, args: argparse.Namespace) -> None:
             return add_checksums(out, [FILES[source].name])
         if source == "demo":
             files = [write_demo(Path(scratch) / "topics.jsonl")]
-        tokenizer_name = args.tokenizer or ("byte" if source == "demo" else "gpt2")
-        # About a tenth, at four bytes a token or one; the hub's corpora are larger than needed.
-        size = sum(file.size for file in files) or sys.maxsize
-        tenth = size // (10 if tokenizer_name == "byte" else 40)
-        most = args.max_tokens or sys.maxsize
-        val_tokens = args.val_tokens or max(1, min(10**8, tenth, most // 10))
         settings = {  # together, these determine every byte of the result
             "source": source or [[Path(file.name).name, file.size, file.sha256] for file in files],
             "subset": args.subset if source in HUB_DATASETS else None,
-            "tokenizer": tokenizer_name,
+            "tokenizer": args.tokenizer or ("byte" if source == "demo" else "gpt2"),
             "shard_tokens": args.shard_tokens,
             "max_tokens": args.max_tokens,
-            "val_tokens": val_tokens,
         }
-        workers = min(args.workers, os.cpu_count() or 1)
-        meta = prepare(settings, files, out, workers, balance=bool(files) and not args.val_tokens)
+        if args.val_tokens:
+            settings["val_tokens"] = args.val_tokens
+        meta = prepare(settings, files, out, min(args.workers, os.cpu_count() or 1))
     train_tokens = meta["train"]["tokens"]
     say(f"{out}: {train_tokens:,} tokens for training, {meta['val']['tokens']:,} for validation")
     data = f"--data={shlex.quote(str(out))}"
     if train_tokens == 0:
-        return say(f"evaluate with: python train.py --eval-only --init-from MODEL {data}")
+        model = "gpt2" if meta["tokenizer"] == "gpt2" else "MODEL"
+        return say(f"evaluate with: python train.py --eval-only --init-from {model} {data}")
     preset = "gpt2" if train_tokens >= 10**7 else "book"
-    say(f"train with: python train.py --preset {'demo' if source == 'demo' else preset} {data}")
+    if source == "demo":
+        preset = "demo"
+    say(f"train with: python train.py --preset {preset} {data}")
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: list | None = None) -> None:
     description = __doc__.splitlines()[1]
     parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, allow_abbrev=False, description=description)
     add = parser.add_argument
     origin = parser.add_mutually_exclusive_group()
     amount = number(int, 1, 10**15)
-    origin.add_argument("--source", choices=SOURCES, help="default: fineweb-edu, hellaswag, lambada")
+    origin.add_argument("--source", choices=SOURCES, help="default: fineweb-edu and evaluation sets")
     origin.add_argument("--input", nargs="+", metavar="FILE", help="your own text: " + ", ".join(READERS))
-    add("--subset", default="sample-10BT", help="of FineWeb: a sample (default: sample-10BT) or a dump")
+    add("--subset", default="sample-10BT", help="FineWeb's sample (default: sample-10BT) or dump")
     add("--out", help="output directory (default: data/NAME); alone, for FineWeb-Edu only")
     add("--tokenizer", choices=VOCAB_SIZES, help="tokenizer (default: gpt2; byte for the demo)")
     add("--shard-tokens", type=number(int, 1, 2**31 - 1), default=10**8, help="in a shard (default: 100M)")
     add("--val-tokens", type=amount, help="for validation (default: about a tenth, at most 100M)")
     add("--max-tokens", type=amount, help="for both splits together (default: all)")
-    add("--workers", type=number(int, 1, 1024), default=1024, help="threads, at most one per core (the default)")
+    add("--workers", type=number(int, 1, 1024), default=1024, help="threads (default: one per core)")
     args = parser.parse_args(argv)
     sources = [args.source] if args.input or args.source else [*EVALUATION_SETS, "fineweb-edu"]
     with one_line_errors("prepare_data.py", "use fewer --workers"):

@@ -1419,6 +1419,8 @@ def test_the_newest_checkpoints_and_the_best_are_kept(data: Path, tmp_path: Path
     assert capsys.readouterr().out.endswith(f"python sample.py --model={out}/step_{best:06d}\n")
     run_train(data, tmp_path / "all", **changes, keep_checkpoints=0)
     assert len(checkpoints(tmp_path / "all")) == 8
+    train.prune(tmp_path / "all", tmp_path / "all" / "step_000004", keep=1)  # as if the later ones were damaged
+    assert {int(path.name[5:]) for path in checkpoints(tmp_path / "all")} == {best, 4, 5, 6, 7, 8}
 
 
 def test_what_is_not_a_checkpoint_is_left_alone(data: Path, tmp_path: Path, capsys: Capture) -> None:
