@@ -42,6 +42,8 @@ try:
 except ImportError as error:
     advice = "on Windows, use WSL" if error.name == "fcntl" else "pip install -r requirements.txt"
     sys.exit(f"{Path(sys.argv[0]).name}: error: {error}; {advice}")
+except KeyboardInterrupt:
+    sys.exit(130)
 
 # Tokenizers
 

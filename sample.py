@@ -22,6 +22,8 @@ try:
     import prepare_data as prep
 except ImportError as error:
     sys.exit(f"sample.py: error: {error}; pip install -r requirements.txt")
+except KeyboardInterrupt:
+    sys.exit(130)
 
 
 def stream_decoder(tokenizer: tiktoken.Encoding) -> Callable[[int], str]:

@@ -1417,6 +1417,9 @@ def test_the_newest_checkpoints_and_the_best_are_kept(data: Path, tmp_path: Path
     assert best < 7  # so large a learning rate makes it worse
     assert [path.name for path in checkpoints(out)] == [f"step_{step:06d}" for step in (best, 7, 8)]
     assert capsys.readouterr().out.endswith(f"python sample.py --model={out}/step_{best:06d}\n")
+    shutil.rmtree(out / "step_000008")
+    run_train(data, out, **changes | {"eval_every": 0}, resume=True)
+    assert [line["step"] for line in read_log(out) if "val_loss" in line] == [*range(8)]  # nothing logged is lost
     run_train(data, tmp_path / "all", **changes, keep_checkpoints=0)
     assert len(checkpoints(tmp_path / "all")) == 8
     train.prune(tmp_path / "all", tmp_path / "all" / "step_000004", keep=1)  # as if the later ones were damaged
@@ -1430,7 +1433,7 @@ def test_what_is_not_a_checkpoint_is_left_alone(data: Path, tmp_path: Path, caps
     fourth = tmp_path / "step_000004"
     shutil.copytree(fourth, tmp_path / "step_000001")  # not of step 1
     shutil.copytree(fourth, tmp_path / "step_000050")
-    mine = [tmp_path / name for name in ("step_7", "step_best.tmp", "step_000003")]
+    mine = [tmp_path / name for name in ("step_7", "step_best.tmp", "step_000003", "step_000006")]
     for directory in mine:
         directory.mkdir()
         (directory / "notes.txt").write_text("mine")
@@ -1438,7 +1441,9 @@ def test_what_is_not_a_checkpoint_is_left_alone(data: Path, tmp_path: Path, caps
     assert "skipping step_000050" in capsys.readouterr().err
     run_train(data, tmp_path, **changes | {"keep_checkpoints": 1}, resume=True)
     left = {path.name for path in tmp_path.glob("step_*")}
-    assert left == {"step_000001", "step_000006", "step_000050", *(directory.name for directory in mine)}
+    others = {"step_000001", "step_000050", "step_000006.replaced"}
+    assert left == others | {directory.name for directory in mine}
+    assert (tmp_path / "step_000006.replaced" / "notes.txt").read_text() == "mine"
 
 
 def test_law_7_a_run_has_one_writer(data: Path, tmp_path: Path, capsys: Capture) -> None:
@@ -1673,6 +1678,8 @@ def test_mistakes_in_torchruns_variables_are_named(
         good = {"RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": taken.getsockname()[1]}
         for name, value, status in (
             ("WORLD_SIZE", "two", 2),
+            ("WORLD_SIZE", 0, 2),
+            ("MASTER_PORT", "x", 1),
             ("RANK", "x", 1),
             ("RANK", 1, 1),
             ("MASTER_PORT", None, 1),

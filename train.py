@@ -42,6 +42,8 @@ try:
     from prepare_data import Split, say, status
 except ImportError as error:
     sys.exit(f"train.py: error: {error}; pip install -r requirements.txt")
+except KeyboardInterrupt:
+    sys.exit(130)
 
 # The configuration
 
@@ -183,10 +185,10 @@ def due(step: int, every: int, last: int) -> bool:
 
 
 def read_environment(name: str, default: int) -> int:
-    """A number that torchrun sets. Raises ValueError if it is not one."""
+    """A number that torchrun sets, at least `default`. Raises ValueError if it is not one."""
     text = os.environ.get(name, str(default))
-    if not text.isdecimal():
-        raise ValueError(f"the environment's {name} is {text!r}, not a number; start with torchrun")
+    if not text.isdecimal() or int(text) < default:
+        raise ValueError(f"{name} is {text!r} in the environment; start with torchrun")
     return int(text)
 
 
@@ -217,7 +219,7 @@ def start_process(config: TrainConfig) -> Process:
     if "WORLD_SIZE" in os.environ:  # set by torchrun, even for a single process
         try:
             join_processes(rank, world_size, device)
-        except RuntimeError as error:
+        except (RuntimeError, ValueError) as error:
             problem = str(error).splitlines()[0]
             advice = "check MASTER_ADDR and MASTER_PORT"
             raise OSError(f"cannot join the other processes: {problem}; {advice}") from error
@@ -352,7 +354,10 @@ def save_checkpoint(out: Path, model: GPT, trainer: dict, tokenizer: tiktoken.En
         prep.discard(part)
         problem = f"{final} could not be written: {error}"
         raise OSError(f"{problem}; fix that and continue with --resume") from error
-    prep.discard(final)  # a damaged one that was skipped
+    if prep.is_of_its_step(final):  # a damaged one that was skipped
+        prep.discard(final)
+    elif final.exists():  # something else with its name
+        final.rename(final.with_suffix(".replaced"))
     part.rename(final)
     prep.synchronize(out)
     return final
@@ -364,7 +369,7 @@ def find_best(out: Path) -> Path | None:
     for entry in read_log(out):
         if entry.get("val_loss") is not None:
             losses[out / f"step_{entry['step']:06d}"] = entry["val_loss"]
-    evaluated = [path for path in prep.checkpoints(out) if path in losses]
+    evaluated = [path for path in prep.checkpoints(out) if path in losses and prep.is_of_its_step(path)]
     return min(evaluated, key=losses.get, default=None)
 
 
@@ -444,12 +449,13 @@ def read_log(out: Path) -> list[dict]:
 
 def open_log(out: Path, config: TrainConfig, step: int) -> Callable[[dict], None]:
     """Return a function that appends an entry to metrics.jsonl, which it recreates if it has been deleted. First drop
-    the entries after `step`, and the evaluation at `step`, which will be repeated."""
+    the entries after `step`, and the evaluation at `step` if it will be repeated."""
     path = out / "metrics.jsonl"
     kept = []
     for entry in read_log(out):
         at = entry.get("step", 0)  # the settings have none
-        if at < step or (at == step and "train_loss" in entry):
+        repeated = "train_loss" not in entry and due(step, config.eval_every, config.steps)
+        if at < step or (at == step and not repeated):
             kept.append(entry)
     kept = kept or [{"config": asdict(config)}]
     prep.write_atomically(path, [json.dumps(entry).encode() + b"\n" for entry in kept])
@@ -935,7 +941,7 @@ def train(config: TrainConfig, given: dict[str, Any] | None = None) -> int:
     say(f"{config.steps} steps done; sample from the result with:")
     say(f"  python sample.py --model={shlex.quote(str(out))}")
     best = find_best(out)
-    if best and best != prep.checkpoints(out)[-1]:
+    if best and best.name != f"step_{saved:06d}":
         say("the validation loss was lower before; sample from its lowest with:")
         say(f"  python sample.py --model={shlex.quote(str(best))}")
     return 0
