@@ -46,20 +46,24 @@ def read_prompts(args: argparse.Namespace) -> Iterator[str]:
     if not args.interactive:
         text = args.prompt
         if text == "-":
-            text = sys.stdin.read().removeprefix("\ufeff").removesuffix("\n")
+            text = sys.stdin.read().removeprefix("\ufeff").removesuffix("\n").removesuffix("\r")
         yield text
         return
     with suppress(ImportError):  # some builds of Python lack it
         import readline  # noqa: F401  (which gives input() arrow keys and a history)
     with suppress(EOFError):
         while True:
-            yield input("> " if sys.stdout.isatty() else "").removeprefix("\ufeff")
+            line = input("> " if sys.stdout.isatty() else "")
+            yield line.removeprefix("\ufeff").removesuffix("\r")
 
 
 def encode_prompt(prompt: str, tokenizer: tiktoken.Encoding, block_size: int) -> list[int]:
     """The last `block_size` tokens of a prompt, in which <|endoftext|> stands for the token; an empty prompt begins a
     new text. Raises ValueError for what was not UTF-8."""
-    prompt.encode()
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError("the prompt is not UTF-8") from error
     tokens = prep.tokenize(prompt.split("<|endoftext|>"), tokenizer).tolist()
     tokens = tokens[1:] or tokens  # tokenize() puts one <|endoftext|> before the first part
     if len(tokens) > block_size:
@@ -114,10 +118,10 @@ def sample(args: argparse.Namespace) -> None:
     for prompt in read_prompts(args):
         try:
             print_samples(model, tokenizer, prompt, args, generator)
-        except UnicodeEncodeError as error:
+        except ValueError as error:
             if not args.interactive:
                 raise
-            prep.say(f"that is not UTF-8: {error}", sys.stderr)
+            prep.say(f"{error}; try another", sys.stderr)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -1733,7 +1733,7 @@ def test_sample_continues_prompts(tmp_path: Path, monkeypatch: Patch, capsys: Ca
     model = save_random(tmp_path / "model", 64)
 
     def sampled(*options: object, stdin: bytes = b"") -> str:
-        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(stdin), encoding="utf-8"))
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(stdin), encoding="utf-8", newline="\n"))
         capsys.readouterr()
         command = ["--model", model, "--max-new-tokens", 50, "--device", "cpu", *options]
         sample.main([str(option) for option in command])
