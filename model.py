@@ -261,7 +261,7 @@ def center_logits(model: GPT) -> GPT:
 
 @contextmanager
 def evaluation_mode(model: GPT) -> Iterator[None]:
-    """Evaluation mode, without gradients, and without cuDNN's attention, which plans anew for every shape."""
+    """Evaluation mode, without gradients, and without cuDNN's attention, which makes a new plan for every shape."""
     was_training = model.training
     cudnn_attention = torch.backends.cuda.cudnn_sdp_enabled()
     model.eval()

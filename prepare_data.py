@@ -381,7 +381,7 @@ def read_header(path: Path) -> int:
     tokens = (size - HEADER_BYTES) // 2
     header = np.fromfile(path, dtype="<i4", count=3).tolist()
     if header != [SHARD_MAGIC, SHARD_VERSION, tokens] or size % 2 or tokens < 1:
-        raise ValueError(f"{path} is damaged, empty, or no token shard: {size:,} bytes")
+        raise ValueError(f"{path} is damaged, empty, or not a token shard: {size:,} bytes")
     return tokens
 
 
@@ -453,7 +453,7 @@ def read_sequences(split: Split, indices: np.ndarray) -> np.ndarray:
             raise ValueError(f"{path} was truncated while in use")
         largest = tokens.max()
         if largest >= split.vocab_size:
-            raise ValueError(f"{path} contains token {largest} of {split.vocab_size}")
+            raise ValueError(f"{path} contains token {largest}; the vocabulary has {split.vocab_size}")
         sequences[row] = tokens
     return sequences
 
@@ -481,7 +481,7 @@ START = [0, 0, 0]  # a position in a corpus: a file, a batch of documents in it,
 def local_file(path: Path) -> RawFile:
     """A file of the user's. Raises FileNotFoundError or ValueError for one that cannot be read as text."""
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is not a file that exists")
+        raise FileNotFoundError(f"{path} does not exist, or is not a file")
     find_reader(path)
     stat = path.stat()
     return RawFile(str(path), stat.st_size, sha256_of(path), modified=stat.st_mtime_ns)
@@ -597,7 +597,7 @@ def check_prepared(out: Path, meta: dict) -> bool:
 
 
 def check_unchanged(out: Path, meta: dict, files: list) -> None:
-    """Raise ValueError for an input that is not what it was when the preparation began, and remove what was made."""
+    """Raise ValueError for an input that has changed since the preparation began, and remove what was made of it."""
     for file, before in zip(files, meta["files"], strict=True):
         if not before.modified:  # not a file of the user's
             continue
@@ -606,7 +606,7 @@ def check_unchanged(out: Path, meta: dict, files: list) -> None:
             for name in (*shard_names(meta), "SHA256SUMS", "meta.json"):
                 (out / name).unlink(missing_ok=True)
             problem = f"{file.name} changed while it was being prepared"
-            raise ValueError(f"{problem}; what was made of it is removed; run the same command again")
+            raise ValueError(f"{problem}; what was prepared from it has been removed; run the same command again")
 
 
 def choose_val_tokens(batches: Iterator, meta: dict) -> Iterator:

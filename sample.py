@@ -142,7 +142,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--device", default="auto", choices=gpt.DEVICES, help="device to run on (default: auto)")
     add("--dtype", default="auto", choices=gpt.DTYPES, help="precision of the model (default: auto)")
     args = parser.parse_args(argv)
-    torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for every length
+    torch.backends.cuda.enable_cudnn_sdp(False)  # it makes a new plan for every length
     with prep.one_line_errors("sample.py", "use fewer --num-samples, or a smaller --model"):
         sample(args)
 

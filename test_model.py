@@ -852,7 +852,7 @@ def test_what_cannot_be_prepared_ends_in_one_line(tmp_path: Path, capsys: Captur
     for options in ("--max-tokens many", f"--max-tokens {9**400}", "--workers 0", "--source demo --input a", "a.txt"):
         refusal(prepare_data.main, capsys, *options.split(), status=2)
     _, error = run("prepare_data.py", "--input", tmp_path / "none.txt", status=1, cwd=tmp_path)
-    assert error == f"prepare_data.py: error: {tmp_path / 'none.txt'} is not a file that exists\n"
+    assert error == f"prepare_data.py: error: {tmp_path / 'none.txt'} does not exist, or is not a file\n"
     assert not (tmp_path / "data").exists()
 
 

@@ -232,8 +232,8 @@ def join_processes(rank: int, world_size: int, device: torch.device) -> None:
     """Join the process group that torchrun has started. Raises RuntimeError when it cannot be reached."""
     status("waiting for the other processes")
     store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(minutes=5)))
-    # Each round of restarts has names of its own in the store: it would find the addresses of dead
-    # workers. Not across machines, which do not count restarts alike.
+    # Each round of restarts has its own prefix in the store; otherwise workers would find the addresses
+    # of dead ones. Not across machines, which may count restarts differently.
     if world_size == read_environment("LOCAL_WORLD_SIZE", 0):
         store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
     backend = "nccl" if device.type == "cuda" else "gloo"
@@ -942,7 +942,7 @@ def train(config: TrainConfig, given: dict[str, Any] | None = None) -> int:
     say(f"  python sample.py --model={shlex.quote(str(out))}")
     best = find_best(out)
     if best and best.name != f"step_{saved:06d}":
-        say("the validation loss was lower before; sample from its lowest with:")
+        say("an earlier checkpoint has the lowest validation loss; sample from it with:")
         say(f"  python sample.py --model={shlex.quote(str(best))}")
     return 0
 
