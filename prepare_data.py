@@ -597,16 +597,17 @@ def check_prepared(out: Path, meta: dict) -> bool:
 
 
 def check_unchanged(out: Path, meta: dict, files: list) -> None:
-    """Raise ValueError for an input that has changed since the preparation began, and remove what was made of it."""
+    """Raise ValueError for an input that has changed since the preparation began, which then cannot be continued."""
     for file, before in zip(files, meta["files"], strict=True):
         if not before.modified:  # not a file of the user's
             continue
         now = os.stat(file.name)
         if (now.st_size, now.st_mtime_ns) != (before.size, before.modified):
-            for name in (*shard_names(meta), "SHA256SUMS", "meta.json"):
-                (out / name).unlink(missing_ok=True)
-            problem = f"{file.name} changed while it was being prepared"
-            raise ValueError(f"{problem}; what was prepared from it has been removed; run the same command again")
+            # Not even if the file is restored, with its time: some shards may be of what it was meanwhile.
+            meta["files"] = [other._replace(modified=-1) for other in meta["files"]]
+            write_meta(out, meta)
+            problem = f"{file.name} has changed since its preparation began"
+            raise ValueError(f"{problem}; delete {out} and prepare it again")
 
 
 def choose_val_tokens(batches: Iterator, meta: dict) -> Iterator:
