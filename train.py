@@ -469,7 +469,7 @@ def open_log(out: Path, config: TrainConfig, step: int) -> Callable[[dict], None
         if torch.cuda.is_initialized():
             entry = entry | {"memory_gb": torch.cuda.max_memory_allocated() / 1e9}
         out.mkdir(exist_ok=True)
-        with open(path, "a", encoding="utf-8") as log:
+        with prep.writing(path), open(path, "a", encoding="utf-8") as log:
             log.write(json.dumps(entry) + "\n")
         if board:
             for name, value in entry.items():
