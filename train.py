@@ -231,7 +231,8 @@ def start_process(config: TrainConfig) -> Process:
 def join_processes(rank: int, world_size: int, device: torch.device) -> None:
     """Join the process group that torchrun has started. Raises RuntimeError when it cannot be reached."""
     status("waiting for the other processes")
-    store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(minutes=5)))
+    meeting = dist.rendezvous("env://", timeout=timedelta(minutes=5))
+    store, _, _ = prep.begin(next, meeting).result()  # in a thread, so that Ctrl-C ends the wait
     # Each round of restarts has its own prefix in the store; otherwise workers would find the addresses
     # of dead ones. Not across machines, which may count restarts differently.
     if world_size == read_environment("LOCAL_WORLD_SIZE", 0):
@@ -367,7 +368,7 @@ def find_best(out: Path) -> Path | None:
     """The checkpoint with the lowest validation loss in the log, if any."""
     losses = {}
     for entry in read_log(out):
-        if entry.get("val_loss") is not None:
+        if isinstance(entry.get("val_loss"), float) and "step" in entry:
             losses[out / f"step_{entry['step']:06d}"] = entry["val_loss"]
     evaluated = [path for path in prep.checkpoints(out) if path in losses and prep.is_of_its_step(path)]
     return min(evaluated, key=losses.get, default=None)
@@ -443,7 +444,9 @@ def read_log(out: Path) -> list[dict]:
     with suppress(FileNotFoundError):
         for line in (out / "metrics.jsonl").read_bytes().splitlines():
             with suppress(ValueError):
-                entries.append(prep.read_object(line, "a line of the log"))
+                entry = prep.read_object(line, "a line of the log")
+                if isinstance(entry.get("step", 0), int):
+                    entries.append(entry)
     return entries
 
 
