@@ -203,8 +203,15 @@ def cut_white_space(text: str) -> list[str]:
     if len(text) < 100_000:
         return [text]
     space = r"[^\S\x1c-\x1f]"  # \x1c to \x1f are white space for Python, and not for Rust
-    long_run = rf"(?<!{space}){space}{{1000,}}+(?=.)"  # but not at the end of a text
-    cuts = [match.end() - 1 for match in re.finditer(long_run, text, re.DOTALL)]
+    long_run = re.compile(rf"(?<!{space}){space}{{1000,}}+(?=.)", re.DOTALL)  # but not at the end of a text
+    cuts = []
+    start = 0
+    while start < len(text):  # in windows, each of which ends behind a letter, so that Ctrl-C need not wait
+        end = start + (1 << 16)
+        while end < len(text) and text[end - 1].isspace():
+            end += 1
+        cuts += [match.end() - 1 for match in long_run.finditer(text, start, end)]
+        start = end
     return [text[start:end] for start, end in itertools.pairwise([0, *cuts, len(text)])]
 
 
