@@ -946,6 +946,7 @@ def test_files_of_the_users_own_survive(tmp_path: Path) -> None:
 
 
 def test_ctrl_c_ends_a_preparation_at_once(tmp_path: Path) -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have it ignored, in the background
     (tmp_path / "a.txt").write_bytes(b"a" * 100_000_000 + b"<|endoftext|>" + b"b" * 100_000_000)
     process = start("prepare_data.py", "--tokenizer", "byte", "--input", tmp_path / "a.txt", "--out", tmp_path / "out")
     while not (tmp_path / "out" / "meta.json").exists():
