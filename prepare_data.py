@@ -203,10 +203,12 @@ def cut_white_space(text: str) -> list[str]:
     if len(text) < 100_000:
         return [text]
     space = r"[^\S\x1c-\x1f]"  # \x1c to \x1f are white space for Python, and not for Rust
-    long_run = re.compile(rf"(?<!{space}){space}{{1000,}}+(?=.)", re.DOTALL)  # but not at the end of a text
+    # But not at the end of a text.
+    long_run = re.compile(rf"(?<!{space}){space}{{1000,}}+(?=.)", re.DOTALL)
     cuts = []
     start = 0
-    while start < len(text):  # in windows, each of which ends behind a letter, so that Ctrl-C need not wait
+    # In windows, each of which ends behind a letter, so that Ctrl-C need not wait.
+    while start < len(text):
         end = start + (1 << 16)
         while end < len(text) and text[end - 1].isspace():
             end += 1
