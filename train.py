@@ -17,6 +17,7 @@ import math
 import os
 import shlex
 import signal
+import socket
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -219,9 +220,9 @@ def start_process(config: TrainConfig) -> Process:
     if "WORLD_SIZE" in os.environ:  # set by torchrun, even for a single process
         try:
             join_processes(rank, world_size, device)
-        except (RuntimeError, ValueError) as error:
+        except (RuntimeError, ValueError, OSError) as error:
             problem = str(error).splitlines()[0]
-            advice = "check MASTER_ADDR and MASTER_PORT"
+            advice = f"check MASTER_ADDR ({os.environ.get('MASTER_ADDR')}) and MASTER_PORT"
             raise OSError(f"cannot join the other processes: {problem}; {advice}") from error
     dtype = gpt.choose_dtype(config.dtype, device, training=True)
     autocast = torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
@@ -231,6 +232,7 @@ def start_process(config: TrainConfig) -> Process:
 def join_processes(rank: int, world_size: int, device: torch.device) -> None:
     """Join the process group that torchrun has started. Raises RuntimeError when it cannot be reached."""
     status("waiting for the other processes")
+    socket.getaddrinfo(os.environ.get("MASTER_ADDR"), None)  # a name that does not exist fails at once
     meeting = dist.rendezvous("env://", timeout=timedelta(minutes=5))
     store, _, _ = prep.begin(next, meeting).result()  # in a thread, so that Ctrl-C ends the wait
     # Each round of restarts has its own prefix in the store; otherwise workers would find the addresses
