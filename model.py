@@ -304,18 +304,13 @@ def configure_optimizer(
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
-    """Restore the state of an optimizer from `configure_optimizer`. Raises ValueError when it is of another model."""
+    """Restore the state of an optimizer from `configure_optimizer`."""
     optimizer.load_state_dict(state)
     local = getattr(optimizer, "optim", optimizer)  # this rank's part of a ZeroRedundancyOptimizer
     if local is not optimizer:
         optimizer.state.clear()  # a second copy of it
-    for group in local.param_groups:
-        for parameter in group["params"]:
-            values = local.state[parameter]
-            if not values or any(value.dim() and value.shape != parameter.shape for value in values.values()):
-                raise ValueError("the optimizer's state does not fit the model")
-            if local is not optimizer:
-                values["step"] = values["step"].to(parameter.device)  # which it has put on the CPU
+        for parameter, values in local.state.items():
+            values["step"] = values["step"].to(parameter.device)  # which it has put on the CPU
 
 
 # Devices
@@ -450,8 +445,6 @@ def load_model(directory: str | Path, dropout: float = 0.0, vocab_size: int | No
             if key.endswith((".attn.bias", ".attn.masked_bias", "lm_head.weight")):
                 continue  # the attention mask, and a second copy of the shared matrix
             name = "transformer." + key.removeprefix("transformer.")  # the hub's gpt2 has no prefix
-            if name in state:
-                raise ValueError(f"{key} occurs twice")
             if not tensor.is_floating_point() or not tensor.float().isfinite().all():
                 raise ValueError(f"{key} must hold only finite floating-point numbers")
             if name == "transformer.wte.weight":

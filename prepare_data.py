@@ -37,6 +37,7 @@ try:
     import numpy as np
     import requests
     import tiktoken
+    from tiktoken.load import read_file_cached
     from urllib3.exceptions import HTTPError
     from urllib3.util import Retry
 except ImportError as error:
@@ -50,6 +51,7 @@ except KeyboardInterrupt:
 VOCAB_SIZES = {"gpt2": 50257, "byte": 257}
 TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer_config.json")
 END_OF_TEXT = "<|endoftext|>"
+GPT2_ENCODING = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main"
 # GPT-2's pattern with all but the lookahead in one group, which tiktoken matches much faster.
 GPT2_PATTERN = r"(?:'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+$)|\s+(?!\S)|\s"
 
@@ -79,37 +81,23 @@ def token_bytes(tokenizer: tiktoken.Encoding) -> np.ndarray:
     return sizes
 
 
-def last_merge(token: bytes, ranks: dict) -> list:
-    """The two parts whose merge makes a token, the last that byte-pair encoding leaves of it; a byte is one part."""
-    parts = [bytes([byte]) for byte in token]
-    while len(parts) > 2:
-        merged = [ranks.get(a + b, len(ranks)) for a, b in itertools.pairwise(parts)]
-        first = merged.index(min(merged))
-        parts[first : first + 2] = [parts[first] + parts[first + 1]]
-    return parts
-
-
-@cache
-def tokenizer_files(tokenizer: tiktoken.Encoding, block_size: int) -> dict:
-    """The tokenizer's files by name, as GPT-2 has them and transformers reads them. Bytes are spelled as characters:
-    the printable ones as in Latin-1, the others from chr(256) on."""
-    others = [*range(33), *range(127, 161), 173]
-    spelling = {byte: 256 + i for i, byte in enumerate(others)}
-    tokens = tokenizer.decode_tokens_bytes(range(tokenizer.eot_token))
-    ranks = {token: rank for rank, token in enumerate(tokens)}
-    vocab = {}
-    merges = ["#version: 0.2"]
-    for token in tokens:
-        parts = [part.decode("latin-1").translate(spelling) for part in last_merge(token, ranks)]
-        vocab["".join(parts)] = ranks[token]
-        if len(parts) == 2:
-            merges.append(" ".join(parts))
-    vocab[END_OF_TEXT] = tokenizer.eot_token
+def tokenizer_files(name: str, block_size: int) -> dict:
+    """The files of a tokenizer by name, as transformers reads them."""
     config = {"tokenizer_class": "GPT2Tokenizer", "add_prefix_space": False}
     config["model_max_length"] = block_size
     config |= dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT)
-    texts = (json.dumps(vocab), "\n".join(merges) + "\n", json.dumps(config))
-    return dict(zip(TOKENIZER_FILES, texts, strict=True))
+    if name == "gpt2":
+        # OpenAI's own, in tiktoken's cache since get_tokenizer()
+        vocab = read_file_cached(f"{GPT2_ENCODING}/encoder.json")
+        merges = read_file_cached(f"{GPT2_ENCODING}/vocab.bpe")
+    else:
+        # GPT-2 spells bytes as characters: the printable ones as in Latin-1, the others from chr(256) on.
+        others = [*range(33), *range(127, 161), 173]
+        spelling = {byte: 256 + i for i, byte in enumerate(others)}
+        characters = [chr(spelling.get(byte, byte)) for byte in range(256)]
+        vocab = json.dumps({text: i for i, text in enumerate([*characters, END_OF_TEXT])}).encode()
+        merges = b"#version: 0.2\n"
+    return {"vocab.json": vocab, "merges.txt": merges, "tokenizer_config.json": json.dumps(config).encode()}
 
 
 # Documents
@@ -200,21 +188,16 @@ def read_batches(path: Path) -> Iterator:
 def cut_white_space(text: str) -> list[str]:
     """A text in parts that have the same tokens. tiktoken's regular expression overflows its stack on a few hundred
     thousand spaces in a row, so cut before the last character of each long run, where GPT-2's pattern splits anyway."""
-    if len(text) < 100_000:
-        return [text]
-    space = r"[^\S\x1c-\x1f]"  # \x1c to \x1f are white space for Python, and not for Rust
-    # But not at the end of a text.
-    long_run = re.compile(rf"(?<!{space}){space}{{1000,}}+(?=.)", re.DOTALL)
-    cuts = []
-    start = 0
-    # In windows, each of which ends behind a letter, so that Ctrl-C need not wait.
-    while start < len(text):
-        end = start + (1 << 16)
-        while end < len(text) and text[end - 1].isspace():
-            end += 1
-        cuts += [match.end() - 1 for match in long_run.finditer(text, start, end)]
-        start = end
-    return [text[start:end] for start, end in itertools.pairwise([0, *cuts, len(text)])]
+    spaces = re.compile(r"[^\S\x1c-\x1f]*")  # \x1c to \x1f are white space for Python, and not for Rust
+    cuts = [0]
+    position = 0
+    # A look every 1,000 characters does not miss a run of 2,000.
+    while position < len(text):
+        end = spaces.match(text, position).end()
+        if end >= position + 1000 and end < len(text):  # at the end of a text, the pattern does not split
+            cuts.append(end - 1)
+        position = end + 1000
+    return [text[start:end] for start, end in itertools.pairwise([*cuts, len(text)])]
 
 
 def tokenize(texts: list[str], tokenizer: tiktoken.Encoding) -> np.ndarray:
@@ -253,8 +236,6 @@ def get(url: str, first: int = 0) -> requests.Response:
         headers["Range"] = f"bytes={first}-"
     token = os.environ.get("HF_TOKEN", "").strip()
     if token and url.startswith(hub + "/"):
-        if not re.fullmatch("[!-~]+", token):
-            raise ValueError("HF_TOKEN contains characters that no token has; copy it again")
         headers["Authorization"] = f"Bearer {token}"
     busy = (408, 429, 500, 502, 503, 504)
     waits = {"backoff_factor": 1, "backoff_max": 60, "retry_after_max": 60}
@@ -277,7 +258,7 @@ def fetching(name: str, advice: str = ADVICE) -> Iterator:
     """Turn any failure of a request into an OSError that says what to do."""
     try:
         yield
-    except (requests.RequestException, HTTPError, TimeoutError) as error:
+    except (requests.RequestException, HTTPError, TimeoutError, UnicodeError) as error:
         problem = error if isinstance(error, requests.HTTPError) else type(error).__name__
         raise OSError(f"{name} could not be fetched: {problem}; {advice}") from error
 
@@ -334,12 +315,11 @@ def download(file: RawFile, path: Path) -> Path:
         while out.tell() < file.size:
             try:
                 receive(file, out)
-            except (requests.RequestException, HTTPError) as error:
+            # Any other error, such as a refusal or an odd address, would be the same again.
+            except (requests.ConnectionError, requests.Timeout, HTTPError) as error:
                 failures = 0 if out.tell() > furthest else failures + 1
                 furthest = max(furthest, out.tell())
-                # Another attempt does not change a refusal, redirects that lead nowhere, or an odd address.
-                hopeless = isinstance(error, requests.HTTPError | requests.TooManyRedirects | ValueError)
-                if hopeless or failures == 8:
+                if failures == 8:
                     raise
                 say(f"fetching {file.name}: {type(error).__name__}; trying again", sys.stderr)
                 time.sleep(min(60.0, 2.0**failures - 1))
@@ -620,22 +600,20 @@ def check_unchanged(out: Path, meta: dict, files: list) -> None:
 
 
 def choose_val_tokens(batches: Iterator, meta: dict) -> Iterator:
-    """Decide on meta["val_tokens"]: about a tenth of the corpus, but at most half, for which batches are read ahead;
-    of the hub's corpora, which are large enough, 100M. Return the same batches."""
-    val_tokens = max(1, min(10**8, (meta["max_tokens"] or sys.maxsize) // 10))
+    """Decide on meta["val_tokens"]: of the hub's corpora 100M, of others a tenth of the first 10M tokens, for which
+    batches are read ahead. Return the same batches."""
+    most = meta["max_tokens"] or sys.maxsize
     ahead = []
-    if not meta["subset"]:
-        bytes_per_token = 1 if meta["tokenizer"] == "byte" else 4
-        size = sum(file.size for file in meta["files"])
-        val_tokens = max(1, min(val_tokens, size // (10 * bytes_per_token)))
-        total = 0
+    if meta["subset"]:
+        sample = min(most, 10**9)
+    else:
+        sample = 0
         for batch in batches:
             ahead.append(batch)
-            total += len(batch[1])
-            if total >= 2 * val_tokens:
+            sample = min(sample + len(batch[1]), most, 10**7)
+            if sample == 10**7:
                 break
-        val_tokens = min(val_tokens, total // 2)
-    meta["val_tokens"] = val_tokens
+    meta["val_tokens"] = max(1, sample // 10)
     return itertools.chain(ahead, batches)
 
 
@@ -699,21 +677,21 @@ CHECKPOINT_FILES = (*MODEL_FILES, "trainer.pt", *TOKENIZER_FILES)
 
 
 def checkpoints(run: Path) -> list[Path]:
-    """The directories of a run that are named like checkpoints, `step_NNNNNN`, oldest first."""
+    """The checkpoints of a run, `step_NNNNNN`, oldest first, whole or damaged."""
     name = re.compile(r"step_([0-9]{6}|[1-9][0-9]{6,})")
-    named = [path for path in run.glob("step_*/") if name.fullmatch(path.name)]
+    named = [path for path in run.glob("step_*/") if name.fullmatch(path.name) and is_checkpoint(path)]
     return sorted(named, key=lambda path: int(path.name[5:]))
 
 
-def is_of_its_step(checkpoint: Path) -> bool:
-    """Whether the trainer.pt of a checkpoint is of the step in its name, so that it is no copy, nor something else."""
+def is_checkpoint(directory: Path) -> bool:
+    """Whether a directory named like a checkpoint is one: no copy of another step's, and not the user's own."""
     import torch  # imported only where it is needed
 
-    path = checkpoint / "trainer.pt"
-    with suppress(Exception):  # of a damaged file
+    path = directory / "trainer.pt"
+    with suppress(Exception):  # a damaged checkpoint is one
         trainer = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        return trainer["step"] == int(checkpoint.name[5:])
-    return False
+        return trainer["step"] == int(directory.name[5:])
+    return path.exists()
 
 
 def newest_checkpoint(run: Path) -> Path | None:
@@ -721,9 +699,7 @@ def newest_checkpoint(run: Path) -> Path | None:
     for checkpoint in reversed(checkpoints(run)):
         try:
             check_checksums(checkpoint, CHECKPOINT_FILES)
-            if is_of_its_step(checkpoint):
-                return checkpoint
-            raise ValueError(f"{checkpoint / 'trainer.pt'} is of another step")
+            return checkpoint
         except (ValueError, OSError) as error:
             say(f"warning: {error}; skipping {checkpoint.name}", sys.stderr)
     return None
@@ -1029,7 +1005,7 @@ def main(argv: list | None = None) -> None:
     add("--out", help="output directory (default: data/NAME); alone, for FineWeb-Edu only")
     add("--tokenizer", choices=VOCAB_SIZES, help="tokenizer (default: gpt2; byte for the demo)")
     add("--shard-tokens", type=number(int, 1, 2**31 - 1), default=10**8, help="in a shard (default: 100M)")
-    add("--val-tokens", type=amount, help="for validation (default: about a tenth, at most 100M)")
+    add("--val-tokens", type=amount, help="for validation (default: a tenth, at most 1M; of FineWeb 100M)")
     add("--max-tokens", type=amount, help="for both splits together (default: all)")
     add("--workers", type=number(int, 1, 1024), default=1024, help="threads (default: one per core)")
     args = parser.parse_args(argv)

@@ -230,9 +230,19 @@ def start_process(config: TrainConfig) -> Process:
 
 
 def join_processes(rank: int, world_size: int, device: torch.device) -> None:
-    """Join the process group that torchrun has started. Raises RuntimeError when it cannot be reached."""
+    """Join the process group that torchrun has started. Raises RuntimeError or OSError when it cannot be reached."""
     status("waiting for the other processes")
-    socket.getaddrinfo(os.environ.get("MASTER_ADDR"), None)  # a name that does not exist fails at once
+    address = (os.environ.get("MASTER_ADDR"), read_environment("MASTER_PORT", 1))
+    socket.getaddrinfo(*address)  # a name that does not exist fails at once
+    deadline = time.monotonic() + 300
+    while rank:  # PyTorch would log a stack trace for every attempt
+        try:
+            socket.create_connection(address, timeout=10).close()
+            break
+        except (ConnectionError, TimeoutError):
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(1)
     meeting = dist.rendezvous("env://", timeout=timedelta(minutes=5))
     store, _, _ = prep.begin(next, meeting).result()  # in a thread, so that Ctrl-C ends the wait
     # Each round of restarts has its own prefix in the store; otherwise workers would find the addresses
@@ -247,7 +257,6 @@ def join_processes(rank: int, world_size: int, device: torch.device) -> None:
 
 def all_reduce(value: Tensor, how: dist.ReduceOp = dist.ReduceOp.SUM) -> Tensor:
     """Sum (or minimum) over all ranks, as float64 on the CPU. Waits for the device."""
-    value = value.detach()
     if value.device.type != "cuda":
         value = value.cpu()  # gloo knows no other device, and MPS no float64
     value = value.double()
@@ -294,16 +303,11 @@ def batch_indices(split: Split, config: TrainConfig, step: int) -> np.ndarray:
 
 
 def load_batch(split: Split, config: TrainConfig, size: int, process: Process, step: int) -> Tensor:
-    """This rank's part of a batch: (accumulation steps, micro-batch size, T + 1) int64 on the CPU, pinned for a GPU."""
+    """This rank's part of a batch: (accumulation steps, micro-batch size, T + 1) int64 on the CPU."""
     indices = batch_indices(split, config, step)
     indices = indices.reshape(-1, process.world_size, size)[:, process.rank]
     sequences = prep.read_sequences(split, indices.ravel())
-    batch = torch.from_numpy(sequences.reshape(*indices.shape, -1))
-    if process.device.type == "cuda":
-        # The device of this thread: pinning would otherwise open a context on the first GPU.
-        torch.cuda.set_device(process.device)
-        batch = batch.pin_memory()
-    return batch
+    return torch.from_numpy(sequences.reshape(*indices.shape, -1))
 
 
 def identify_shards(data: Path, splits: list[Split]) -> dict[str, str]:
@@ -323,9 +327,8 @@ def check_same_shards(data: Path, shards: dict[str, str], saved: dict[str, str])
         then = saved.get(name)
         if "val" in name and not (now and then):
             continue  # one of the two runs does not evaluate
-        if now and then and now.endswith(" tokens") and not then.endswith(" tokens"):
-            now = prep.sha256_of(data / name)  # an older version hashed all
-        if now != then:
+        # An earlier version took the sha256 even of shards without SHA256SUMS.
+        if now != then and not (now and prep.sha256_of(data / name) == then):
             problem = f"{data / name} is not what the run was trained on"
             raise ValueError(f"{problem}; resume with the original data")
 
@@ -333,9 +336,10 @@ def check_same_shards(data: Path, shards: dict[str, str], saved: dict[str, str])
 # Checkpoints
 
 
-def save_checkpoint(out: Path, model: GPT, trainer: dict, tokenizer: tiktoken.Encoding) -> Path:
-    """Write `step_NNNNNN`, under another name until it is whole and on disk. `trainer` is as from `load_trainer`.
-    Raises FloatingPointError for weights that are not finite, OSError when it cannot be written."""
+def save_checkpoint(out: Path, model: GPT, trainer: dict, tokenizer: str, files: dict[str, bytes]) -> Path:
+    """Write `step_NNNNNN`, under another name until it is whole and on disk. `trainer` is as from `load_trainer`;
+    `tokenizer` is a name, with the `files` of `tokenizer_files`. Raises FloatingPointError for weights that are not
+    finite, OSError when it cannot be written."""
     final = out / f"step_{trainer['step']:06d}"
     if not all(parameter.isfinite().all() for parameter in model.parameters()):
         problem = f"{final} is not written, since its weights are not finite"
@@ -345,9 +349,9 @@ def save_checkpoint(out: Path, model: GPT, trainer: dict, tokenizer: tiktoken.En
         for left in out.glob(f"step_{'[0-9]' * 6}.tmp"):  # by a crash
             prep.discard(left)
         part.mkdir(parents=True)
-        gpt.save_model(model, part, tokenizer.name)
-        for name, text in prep.tokenizer_files(tokenizer, model.config.block_size).items():
-            (part / name).write_text(text, encoding="utf-8")
+        gpt.save_model(model, part, tokenizer)
+        for name, content in files.items():
+            (part / name).write_bytes(content)
         torch.save(trainer, part / "trainer.pt")
         prep.add_checksums(part, prep.CHECKPOINT_FILES)
         # The log is never behind a checkpoint.
@@ -357,7 +361,7 @@ def save_checkpoint(out: Path, model: GPT, trainer: dict, tokenizer: tiktoken.En
         prep.discard(part)
         problem = f"{final} could not be written: {error}"
         raise OSError(f"{problem}; fix that and continue with --resume") from error
-    if prep.is_of_its_step(final):  # a damaged one that was skipped
+    if final in prep.checkpoints(out):  # a damaged one that was skipped
         prep.discard(final)
     elif final.exists():  # something else with its name
         final.rename(final.with_suffix(".replaced"))
@@ -372,13 +376,13 @@ def find_best(out: Path) -> Path | None:
     for entry in read_log(out):
         if isinstance(entry.get("val_loss"), float) and "step" in entry:
             losses[out / f"step_{entry['step']:06d}"] = entry["val_loss"]
-    evaluated = [path for path in prep.checkpoints(out) if path in losses and prep.is_of_its_step(path)]
+    evaluated = [path for path in prep.checkpoints(out) if path in losses]
     return min(evaluated, key=losses.get, default=None)
 
 
 def prune(out: Path, newest: Path, keep: int) -> None:
     """Remove all checkpoints but the `keep` newest and the best; 0: none. What is only named like one stays."""
-    found = [path for path in prep.checkpoints(out) if prep.is_of_its_step(path)]
+    found = prep.checkpoints(out)
     past = found[: found.index(newest) + 1]  # a later one is damaged and was skipped
     best = find_best(out)
     for old in past[:-keep] if keep else []:
@@ -392,19 +396,16 @@ def load_trainer(checkpoint: Path) -> dict[str, Any]:
     of optimizer and scaler. Settings that it lacks have their defaults. Raises ValueError when it is damaged."""
     path = checkpoint / "trainer.pt"
     prep.check_checksums(checkpoint, [path.name])
-    known = asdict(TrainConfig()).keys()
     with prep.reading(path):
         trainer = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         saved = trainer["config"]
-        config = TrainConfig(**{name: saved[name] for name in saved.keys() & known})
-        step = trainer["step"]
-        if type(step) is not int or not 0 < step <= config.steps:
-            raise ValueError(f"it claims to be at step {step}")
+        known = saved.keys() & asdict(TrainConfig()).keys()
+        trainer["config"] = TrainConfig(**{name: saved[name] for name in known})
         trainer["seconds"] = float(trainer["seconds"])
         trainer["shards"] = dict(trainer["shards"])
     for name in saved.keys() - known:
         say(f"warning: {path} has an unknown setting, {name}, which is ignored", sys.stderr)
-    return trainer | {"config": config}
+    return trainer
 
 
 def find_checkpoint(config: TrainConfig) -> Path | None:
@@ -500,7 +501,7 @@ def describe_metrics(metrics: dict) -> str:
 class EvalSet(NamedTuple):
     """Rows of tokens, the last few of each scored: sequences, or a task's context with each of its endings in turn."""
 
-    rows: Sequence[np.ndarray]  # of uint16
+    rows: Sequence[Tensor]  # of int64
     counts: np.ndarray  # (rows,) int64: how many tokens at the end of each are scored
     labels: np.ndarray | None = None  # (tasks,) int64: the right ending
     text_bytes: int = 0  # of the scored tokens of sequences
@@ -531,7 +532,7 @@ def read_tasks(name: str, path: Path, tokenizer: tiktoken.Encoding, most: int) -
             begin, *ends = (prep.tokenize([text], tokenizer)[1:] for text in (context, *endings))
             if not len(begin):
                 raise ValueError("its context is empty")
-            rows += [np.concatenate([begin, end]) for end in ends]
+            rows += [torch.from_numpy(np.concatenate([begin, end], dtype=np.int64)) for end in ends]
             counts += map(len, ends)
             labels.append(label)
     if not labels:
@@ -545,9 +546,9 @@ def open_evaluation(
     """What an evaluation scores: the first eval_tokens of the validation split, and the sets next to the data."""
     T = config.sequence_length
     count = min(max(1, config.eval_tokens // T), split.sequences)
-    rows = prep.read_sequences(split, np.arange(count)).astype(np.uint16)
+    rows = prep.read_sequences(split, np.arange(count))
     text_bytes = int(prep.token_bytes(tokenizer)[rows[:, 1:]].sum(dtype=np.int64))
-    sets = {"val": EvalSet(rows, np.full(count, T), text_bytes=text_bytes)}
+    sets = {"val": EvalSet(torch.from_numpy(rows), np.full(count, T), text_bytes=text_bytes)}
     for name in prep.EVALUATION_SETS:
         path = Path(config.data).parent / name / prep.FILES[name].name
         if not config.eval_tasks or not path.exists():
@@ -565,8 +566,7 @@ def score_rows(model: GPT, data: EvalSet, process: Process, stops: Sequence[int]
     than the context lose their beginning. The model must not be compiled, since lengths vary."""
     device = process.device
     longest = model.config.block_size + 1
-    rows = [torch.from_numpy(row[-longest:].astype(np.int64)) for row in data.rows]
-    counts = data.counts.tolist()
+    rows = [row[-longest:] for row in data.rows]
     # From the longest to the shortest, so that a batch needs little padding.
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
     batch_tokens = 8192 if device.type == "cuda" else 2048
@@ -579,7 +579,7 @@ def score_rows(model: GPT, data: EvalSet, process: Process, stops: Sequence[int]
         size = max(1, batch_tokens // (len(rows[order[done]]) - 1))
         share = order[done + process.rank * size :][:size]  # each rank's in turn
         if share:
-            tokens, targets = gpt.pad([rows[i] for i in share], [counts[i] for i in share])
+            tokens, targets = gpt.pad([rows[i] for i in share], data.counts[share].tolist())
             with gpt.evaluation_mode(model), process.autocast:
                 scores[:, share] = model.score(tokens.to(device), targets.to(device))
         done += process.world_size * size
@@ -588,9 +588,7 @@ def score_rows(model: GPT, data: EvalSet, process: Process, stops: Sequence[int]
 
 def mean_metric(name: str, values: np.ndarray) -> dict[str, float]:
     """The mean of some values, and its standard error."""
-    error = math.nan
-    if len(values) > 1:
-        error = values.std(ddof=1) / math.sqrt(len(values))
+    error = values.std(ddof=1) / math.sqrt(len(values)) if len(values) > 1 else math.nan
     return {name: values.mean(), f"{name}_se": error}
 
 
@@ -624,8 +622,7 @@ def evaluate(
         scores = score_rows(model, data, process, stops)
         if scores is None:
             return None
-        nats, hits = scores
-        metrics |= summarize(name, data, nats, hits)
+        metrics |= summarize(name, data, *scores)
     return {name: float(value) if np.isfinite(value) else None for name, value in metrics.items()}
 
 
@@ -675,41 +672,6 @@ def check_ranks_agree(config: TrainConfig, step: int, shards: dict[str, str]) ->
         raise FileNotFoundError(f"{problem}; put the first on a shared disk, and copy the second")
 
 
-def find_micro_batch_size(config: TrainConfig, model: GPT, process: Process) -> int:
-    """The largest micro-batch of up to 2^17 tokens that fits on every rank's GPU, even uncompiled, in sequences; on a
-    CPU 4,096 tokens, since more are no faster."""
-    T = config.sequence_length
-    on_gpu = process.device.type == "cuda"
-    share = config.total_batch_tokens // T // process.world_size  # this rank's, in an update
-    size = min(share, max(1, (2**17 if on_gpu else 4096) // T))
-    while size > 1 and (share % size or (on_gpu and not fits(model, size, T, process))):
-        size -= 1
-    if on_gpu:
-        torch.cuda.reset_peak_memory_stats()  # so that the log shows the peak of training
-    return int(all_reduce(torch.full((), size, device=process.device), dist.ReduceOp.MIN))
-
-
-def fits(model: GPT, size: int, T: int, process: Process) -> bool:
-    """Whether a GPU has room for a forward and a backward pass of `size` sequences, beside the two moments of the
-    optimizer, the gradients accumulated before, and DistributedDataParallel's buckets."""
-    status(f"trying micro-batches of {size}")
-    torch.cuda.set_per_process_memory_fraction(0.9)  # the rest is for evaluation, samples and gaps
-    try:
-        copies = 3 + (process.world_size > 1)
-        reserved = torch.empty(copies * gpt.parameter_count(model), device=process.device)
-        tokens = torch.zeros(size, T, dtype=torch.int64, device=process.device)
-        with process.autocast:
-            model(tokens, tokens).backward()
-        del reserved
-        return True
-    except torch.OutOfMemoryError:
-        return False
-    finally:
-        model.zero_grad(set_to_none=True)
-        torch.cuda.empty_cache()
-        torch.cuda.set_per_process_memory_fraction(1.0)
-
-
 def can_compile(device: torch.device) -> bool:
     """Whether torch.compile is worth trying: on a GPU that Triton supports."""
     if device.type != "cuda" or not find_spec("triton"):
@@ -717,30 +679,68 @@ def can_compile(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device) >= (7, 0)
 
 
-def wrap_model(model: GPT, compiled: bool, size: int, T: int, process: Process) -> Any:
-    """The model as the loop calls it, compiled and connected to the other ranks, with the same parameters. A pass over
-    zeros keeps compilation out of the first update, and makes DistributedDataParallel settle its order of summation, so
-    that a resumed run adds gradients in the same order. Raises OSError if it cannot be compiled."""
-    runner = model
-    if compiled:
-        runner = torch.compile(runner)
+def wrap_model(model: GPT, compiled: bool, process: Process) -> Any:
+    """The model as the loop calls it, compiled and connected to the other ranks, with the same parameters."""
+    # Not dynamic, or a second size of micro-batch would be compiled for all sizes, and be slower.
+    runner = torch.compile(model, dynamic=False) if compiled else model
     if process.world_size > 1:
         runner = torch.nn.parallel.DistributedDataParallel(runner, gradient_as_bucket_view=True)
-    if runner is model:
-        return model
-    status("compiling" if compiled else "connecting")
+    return runner
+
+
+def pass_over_zeros(runner: Any, size: int, T: int, process: Process, sync: bool) -> None:
+    """A forward and a backward pass, in which the model is compiled and, with `sync`, gradients are exchanged. Raises
+    OSError if it cannot be compiled."""
+    if process.world_size > 1:
+        runner.require_backward_grad_sync = sync
     zeros = torch.zeros(size, T, dtype=torch.int64, device=process.device)
     try:
         with process.autocast:
             # Two tensors, as in an update; otherwise it would compile again.
             runner(zeros, zeros.clone()).backward()
-    except RuntimeError as error:
-        if not compiled or isinstance(error, torch.OutOfMemoryError):
-            raise
+    except torch._dynamo.exc.TorchDynamoException as error:
         problem = f"the model cannot be compiled here ({type(error).__name__})"
         raise OSError(f"{problem}; use --no-compile") from error
-    model.zero_grad(set_to_none=True)
-    return runner
+    finally:
+        runner.zero_grad(set_to_none=True)
+
+
+def find_micro_batch_size(config: TrainConfig, model: GPT, runner: Any, process: Process) -> int:
+    """The largest micro-batch of up to 2^17 tokens that fits on every rank's GPU, in sequences; on a CPU 4,096 tokens,
+    since more are no faster."""
+    T = config.sequence_length
+    share = config.total_batch_tokens // T // process.world_size  # this rank's, in an update
+    on_gpu = process.device.type == "cuda"
+    most = 4096
+    if on_gpu:
+        # Per parameter, a gradient, another to add to it, and two moments. Per token, a compiled pass keeps the logits
+        # and some 16 n_embd numbers a layer: 54 GB in all for 2^17 tokens of gpt2 (measured on an H100).
+        free = torch.cuda.mem_get_info()[0] - 16 * gpt.parameter_count(model)
+        shape = model.config
+        kept = process.dtype.itemsize * (shape.vocab_size + 16 * shape.n_embd * shape.n_layer)
+        most = min(2**17, int(0.9 * free / kept))
+    size = min(share, max(1, most // T))
+    while size > 1 and (share % size or (on_gpu and not fits(model, runner, size, T, process))):
+        size -= 1
+    return int(all_reduce(torch.full((), size, device=process.device), dist.ReduceOp.MIN))
+
+
+def fits(model: GPT, runner: Any, size: int, T: int, process: Process) -> bool:
+    """Whether a GPU has room for a pass over `size` sequences, beside the two moments of the optimizer and the
+    gradients accumulated before."""
+    status(f"trying micro-batches of {size}")
+    torch.cuda.set_per_process_memory_fraction(0.9)  # the rest is for evaluation, samples and gaps
+    try:
+        reserved = torch.empty(3 * gpt.parameter_count(model), device=process.device)
+        pass_over_zeros(runner, size, T, process, sync=False)
+        del reserved
+        return True
+    except torch.OutOfMemoryError:
+        return False
+    finally:
+        torch.cuda.empty_cache()
+        torch.cuda.set_per_process_memory_fraction(1.0)
+        torch.cuda.reset_peak_memory_stats()  # so that the log shows the peak of training
 
 
 def check_finite(step: int, loss: float, norm: float, scaler: torch.amp.GradScaler, saved: int) -> None:
@@ -818,7 +818,14 @@ def train(config: TrainConfig, given: dict[str, Any] | None = None) -> int:
     main_process = process.rank == 0
     check_ranks_agree(config, step, shards)
     model.to(device).train()
-    size = config.micro_batch_size or find_micro_batch_size(config, model, process)
+    compiled = can_compile(device) if config.compile is None else config.compile
+    runner = wrap_model(model, compiled, process)
+    size = config.micro_batch_size or find_micro_batch_size(config, model, runner, process)
+    if runner is not model:
+        # Compilation stays out of the first update, and DistributedDataParallel settles its order of summation, so that
+        # a resumed run adds gradients in the same order.
+        status("compiling" if compiled else "connecting")
+        pass_over_zeros(runner, size, T, process, sync=True)
 
     # The optimizer
     zero = config.zero and process.world_size > 1
@@ -830,8 +837,6 @@ def train(config: TrainConfig, given: dict[str, Any] | None = None) -> int:
             gpt.load_optimizer(optimizer, trainer["optimizer"])
             if scaler.is_enabled() and trainer["scaler"]:
                 scaler.load_state_dict(trainer["scaler"])
-    compiled = can_compile(device) if config.compile is None else config.compile
-    runner = wrap_model(model, compiled, size, T, process)
 
     # The log
     record = open_log(out, config, step) if main_process else lambda entry: None
@@ -850,6 +855,7 @@ def train(config: TrainConfig, given: dict[str, Any] | None = None) -> int:
         sets = open_evaluation(config, val_split, tokenizer, model.config.block_size)
     peak_flops = gpt.PEAK_FLOPS.get(torch.cuda.get_device_name()) if device.type == "cuda" else None
     flops_per_token = gpt.flops_per_token(replace(model.config, block_size=T))
+    tokenizer_files = prep.tokenizer_files(tokenizer.name, model.config.block_size)
     stops = []  # signals that ask the run to stop
 
     def load(step: int) -> Tensor:
@@ -882,7 +888,7 @@ def train(config: TrainConfig, given: dict[str, Any] | None = None) -> int:
         if main_process:
             trainer = {"config": asdict(config), "step": step, "seconds": seconds, "shards": shards}
             trainer |= {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
-            path = save_checkpoint(out, model, trainer, tokenizer)
+            path = save_checkpoint(out, model, trainer, tokenizer.name, tokenizer_files)
             prune(out, path, config.keep_checkpoints)
             say(f"step {step}  checkpoint {path}")
         return step
@@ -897,7 +903,7 @@ def train(config: TrainConfig, given: dict[str, Any] | None = None) -> int:
         if stop:
             break
         began = time.perf_counter()
-        batch = next(batches).to(device, non_blocking=True)  # (passes, sequences, T + 1)
+        batch = next(batches).to(device)  # (passes, sequences, T + 1)
         lr = learning_rate(step, config)
         for group in optimizer.param_groups:
             group["lr"] = lr
@@ -943,12 +949,11 @@ def train(config: TrainConfig, given: dict[str, Any] | None = None) -> int:
     if stop:
         say(f"interrupted after step {saved}; to continue, run the same command with --resume")
         return 128 + (stops[0] if stops else signal.SIGTERM)
-    say(f"{config.steps} steps done; sample from the result with:")
-    say(f"  python sample.py --model={shlex.quote(str(out))}")
+    command = "sample from it with:\n  python sample.py --model="
+    say(f"{config.steps} steps done; {command}{shlex.quote(str(out))}")
     best = find_best(out)
     if best and best.name != f"step_{saved:06d}":
-        say("an earlier checkpoint has the lowest validation loss; sample from it with:")
-        say(f"  python sample.py --model={shlex.quote(str(best))}")
+        say(f"an earlier checkpoint has the lowest validation loss; {command}{shlex.quote(str(best))}")
     return 0
 
 
