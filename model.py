@@ -73,14 +73,14 @@ def is_intel_cpu() -> bool:
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`F.linear`, (..., in) to (..., out), nearly twice as fast when a CPU that is not Intel's generates text with
-    its few rows. On Intel's, MKL multiplies a single row as fast as memory allows."""
+    """`F.linear`, (..., in) to (..., out), but nearly twice as fast for the few rows of text generation on CPUs other
+    than Intel's, where MKL already multiplies a single row as fast as memory allows."""
     rows = x.numel() // x.size(-1)
     on_cpu = x.device.type == "cpu" and x.dtype == torch.float32
     if torch.is_grad_enabled() or rows > 8 or not on_cpu or (rows == 1 and is_intel_cpu()):
         return F.linear(x, weight, bias)
-    # W x^T reads the weights in the order in which they lie in memory. A single row is repeated,
-    # since BLAS may run a matrix-vector product on one thread.
+    # W x^T reads the weights in the order in which they lie in memory. A single row is doubled,
+    # since BLAS may run a matrix-vector product on one thread only.
     flat = x.reshape(rows, -1)
     if rows == 1:
         flat = flat.repeat(2, 1)
@@ -103,7 +103,7 @@ class CausalSelfAttention(nn.Module):
         self.resid_dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor, cache: KV | None = None, start: int = 0) -> Tensor:
-        """(B, T, C) to (B, T, C). With a `cache`, x holds the positions from `start` on, and the cache all before."""
+        """(B, T, C) to (B, T, C). With a `cache`, x begins at position `start`, and the cache holds all before it."""
         B, T, C = x.shape
         nh = self.n_head
         hs = C // nh
@@ -181,8 +181,8 @@ class GPT(nn.Module):
                 nn.init.normal_(projection.weight, std=0.02 / math.sqrt(2 * self.config.n_layer))
 
     def hidden(self, tokens: Tensor, cache: list[KV] | None = None, start: int = 0) -> Tensor:
-        """(B, T) tokens to (B, T, C), after the final LayerNorm. With a `cache`, one pair a layer, the tokens are those
-        of the positions from `start` on; unless that is 0, T must be 1. Raises ValueError past the context."""
+        """(B, T) tokens to (B, T, C), after the final LayerNorm. With a `cache`, one pair per layer, the tokens begin
+        at position `start`, and T must be 1 unless `start` is 0. Raises ValueError past the context."""
         end = start + tokens.size(1)
         if end > self.config.block_size:
             raise ValueError(f"{end} tokens are more than the model's context of {self.config.block_size}")
@@ -190,7 +190,7 @@ class GPT(nn.Module):
         x = self.transformer.drop(x)
         device = x.device.type
         if self.training and torch.is_autocast_enabled(device):
-            # As in llm.c: half the memory traffic of float32, and no measurable difference in the loss.
+            # As in llm.c: half the memory traffic of float32, with no measurable difference in the loss.
             x = x.to(torch.get_autocast_dtype(device))
         for i, block in enumerate(self.transformer.h):
             x = block(x, cache[i] if cache else None, start)
@@ -209,8 +209,9 @@ class GPT(nn.Module):
         weight = self.transformer.wte.weight
         bias = torch.zeros(len(weight), device=x.device)
         bias[self.config.vocab_size :] = -math.inf  # keeps the padding rows out of the softmax
-        # A micro-batch's logits would be the largest tensor of all. In eager float32 on a CPU, only those of 512 tokens
-        # exist at a time. Compiled, the plain form is fused and as good; in half precision, parts would round the loss.
+        # The logits of a micro-batch are the largest tensor of all. In eager float32 on a CPU, those of only 512 tokens
+        # exist at a time. Compiled, the plain form is fused and just as good; in half precision, parts would round the
+        # loss.
         options = None
         if x.device.type == "cpu" and not torch.compiler.is_compiling() and not torch.is_autocast_enabled("cpu"):
             options = nn.LinearCrossEntropyOptions(chunking_method=None, batch_chunk_size=512)
@@ -222,7 +223,7 @@ class GPT(nn.Module):
         """(B, T) tokens and int64 targets (-1: not scored) -> (2, B) float32: per row, the summed loss in nats and how
         many of the targets were the most likely token."""
         scored = targets >= 0
-        # Centered: the same softmax, and smaller logits, of which bfloat16 loses less.
+        # Centered logits have the same softmax, and are smaller, so that bfloat16 loses less of them.
         weight = self.transformer.wte.weight - mean_embedding(self)
         logits = F.linear(self.hidden(tokens)[scored], weight)
         logits = logits[:, : self.config.vocab_size].float()  # (targets scored, vocab_size)
@@ -233,8 +234,8 @@ class GPT(nn.Module):
 
 
 def pad(rows: list[Tensor], counts: list[int]) -> tuple[Tensor, Tensor]:
-    """Rows of tokens, int64 and of different lengths, of which the last `counts` are scored, as the (B, T) tokens and
-    targets of `GPT.score`."""
+    """Pad int64 rows of different lengths, whose last `counts` tokens are to be scored, to the (B, T) tokens and
+    targets that `GPT.score` takes."""
     tokens = torch.zeros(len(rows), max(map(len, rows)) - 1, dtype=torch.int64)
     targets = torch.full_like(tokens, -1)
     for i, (row, count) in enumerate(zip(rows, counts, strict=True)):
@@ -245,14 +246,14 @@ def pad(rows: list[Tensor], counts: list[int]) -> tuple[Tensor, Tensor]:
 
 
 def mean_embedding(model: GPT) -> Tensor:
-    """(C,) the mean of the token embeddings. Subtracting it from each moves all logits of a position alike."""
+    """The mean token embedding, (C,). Subtracted from every embedding, it shifts all logits of a position alike."""
     return model.transformer.wte.weight[: model.config.vocab_size].mean(dim=0)
 
 
 @torch.no_grad()
 def center_logits(model: GPT) -> GPT:
-    """Move the mean token embedding to the position embeddings, before a cast to bfloat16: the sum of both is the same,
-    and the logits of OpenAI's weights, near -100, are then near 0, where they are not rounded to steps of 0.5."""
+    """Move the mean token embedding into the position embeddings, before a cast to bfloat16. Their sum stays the same,
+    but the logits of OpenAI's weights move from around -100, where bfloat16 has steps of 0.5, to around 0."""
     mean = mean_embedding(model)
     model.transformer.wte.weight[: model.config.vocab_size] -= mean
     model.transformer.wpe.weight += mean
@@ -261,7 +262,7 @@ def center_logits(model: GPT) -> GPT:
 
 @contextmanager
 def evaluation_mode(model: GPT) -> Iterator[None]:
-    """Evaluation mode, without gradients, and without cuDNN's attention, which makes a new plan for every shape."""
+    """Evaluation mode, without gradients, and without cuDNN's attention, which builds a new plan for every shape."""
     was_training = model.training
     cudnn_attention = torch.backends.cuda.cudnn_sdp_enabled()
     model.eval()
@@ -275,7 +276,7 @@ def evaluation_mode(model: GPT) -> Iterator[None]:
 
 
 def parameter_count(model: GPT) -> int:
-    """Parameters that are trained and saved: the shared matrix once, its padding rows not at all."""
+    """The number of trained and saved parameters: the shared matrix counts once, its padding rows not at all."""
     padding = model.transformer.wte.num_embeddings - model.config.vocab_size
     return sum(p.numel() for p in model.parameters()) - padding * model.config.n_embd
 
@@ -308,9 +309,9 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
     optimizer.load_state_dict(state)
     local = getattr(optimizer, "optim", optimizer)  # this rank's part of a ZeroRedundancyOptimizer
     if local is not optimizer:
-        optimizer.state.clear()  # a second copy of it
+        optimizer.state.clear()  # a second copy
         for parameter, values in local.state.items():
-            values["step"] = values["step"].to(parameter.device)  # which it has put on the CPU
+            values["step"] = values["step"].to(parameter.device)  # loading left it on the CPU
 
 
 # Devices
@@ -431,9 +432,9 @@ def read_config(directory: str | Path) -> tuple[GPTConfig, str]:
 
 
 def load_model(directory: str | Path, dropout: float = 0.0, vocab_size: int | None = None) -> GPT:
-    """The model in a directory of the hub's layout, in float32 on the CPU and in eval mode; of its vocabulary the first
-    `vocab_size` tokens, if given. Raises FileNotFoundError when there is none, ValueError when the files are damaged or
-    not a GPT-2's."""
+    """The model in a directory of the hub's layout, in float32 on the CPU and in eval mode, with only the first
+    `vocab_size` tokens of its vocabulary, if given. Raises FileNotFoundError when there is none, ValueError when the
+    files are damaged or not a GPT-2's."""
     path = Path(directory) / "model.safetensors"
     config, _ = read_config(directory)
     vocab_size = vocab_size or config.vocab_size
@@ -523,7 +524,7 @@ def generate(
     cache = empty_cache(model, B)
     finished = torch.zeros(B, dtype=torch.bool, device=tokens.device)
     context = tokens
-    start = 0  # so many tokens of the context are cached
+    start = 0  # how many tokens of the context are cached
     for _ in range(max_new_tokens):
         x = model.hidden(context[:, start:], cache, start)
         logits = model.logits(x[:, -1])
@@ -535,7 +536,7 @@ def generate(
         if stop_token is not None and finished.all():
             return
         start = context.size(1)
-        if start == block_size:  # full: its second half is read again, at positions from 0 on
+        if start == block_size:  # full: keep its second half, and read that again from position 0
             context = context[:, block_size - block_size // 2 :]
             start = 0
         context = torch.cat((context, token[:, None]), dim=1)

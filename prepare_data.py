@@ -572,7 +572,7 @@ def open_meta(settings: dict, files: list, out: Path) -> dict:
 
 
 def check_prepared(out: Path, meta: dict) -> bool:
-    """Check what an earlier run has made, and return whether it is complete. Raises ValueError."""
+    """Check what earlier runs have written, and return whether it is complete. Raises ValueError."""
     listed = read_checksums(out)
     complete = "meta.json" in listed
     names = set(shard_names(meta))
@@ -586,13 +586,13 @@ def check_prepared(out: Path, meta: dict) -> bool:
 
 
 def check_unchanged(out: Path, meta: dict, files: list) -> None:
-    """Raise ValueError for an input that has changed since the preparation began, which then cannot be continued."""
+    """Raise ValueError for an input that has changed since the preparation began, which cannot continue then."""
     for file, before in zip(files, meta["files"], strict=True):
         if not before.modified:  # not a file of the user's
             continue
         now = os.stat(file.name)
         if (now.st_size, now.st_mtime_ns) != (before.size, before.modified):
-            # Not even if the file is restored, with its time: some shards may be of what it was meanwhile.
+            # Not even if the file is restored: some shards may hold what it was in between.
             meta["files"] = [other._replace(modified=-1) for other in meta["files"]]
             write_meta(out, meta)
             problem = f"{file.name} has changed since its preparation began"

@@ -1145,14 +1145,15 @@ def test_each_sequence_is_used_once_an_epoch_and_the_step_decides_which(data: Pa
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_gpu)])
 def test_law_2_the_cut_of_a_batch_changes_nothing(device: str, data: Path, tmp_path: Path) -> None:
     changes = {"init_from": save_random(tmp_path / "start"), "steps": 4, "eval_every": 2, "grad_clip": 0.5}
-    changes["device"] = device
+    changes |= {"device": device, "no_compile": True}
+    tolerance = 5e-5 if device == "cpu" else 1e-3  # Adam blows up what differs in small gradients
     ranks = start_ranks(2 if device == "cpu" else 1, *flags(data, tmp_path / "ranks", **changes))
     whole = run_train(data, tmp_path / "whole", **changes | {"micro_batch_size": 16})
     run_train(data, tmp_path / "pieces", **changes | {"micro_batch_size": 2})
     assert not any(statuses(ranks))
     for other in ("pieces", "ranks"):
-        assert_same_weights(whole, tmp_path / other / whole.name, tolerance=5e-5)
-        assert_same_log(tmp_path / "whole", tmp_path / other, tolerance=1e-5)
+        assert_same_weights(whole, tmp_path / other / whole.name, tolerance)
+        assert_same_log(tmp_path / "whole", tmp_path / other, tolerance / 5)
 
 
 def test_law_6_losses_and_updates_are_those_of_a_plain_loop(data: Path, tmp_path: Path) -> None:
@@ -1395,7 +1396,7 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path) -> None:
     with torch.no_grad():
         model.transformer.wpe.weight[3, 3] = math.inf
     with pytest.raises(FloatingPointError, match="step_000001 is not written"):
-        train.save_checkpoint(tmp_path, model, {"step": 1}, prepare_data.get_tokenizer("byte"))
+        train.save_checkpoint(tmp_path, model, {"step": 1}, "byte", {})
     assert not list(tmp_path.iterdir())
 
 

@@ -311,7 +311,7 @@ def load_batch(split: Split, config: TrainConfig, size: int, process: Process, s
 
 
 def identify_shards(data: Path, splits: list[Split]) -> dict[str, str]:
-    """What shards are recognized by: the sha256 of each from SHA256SUMS, or else its number of tokens, by its name."""
+    """The identity of the data: by each shard's name, its sha256 from SHA256SUMS, or else its number of tokens."""
     checksums = prep.read_checksums(data)
     shards = {}
     for split in splits:
@@ -321,7 +321,7 @@ def identify_shards(data: Path, splits: list[Split]) -> dict[str, str]:
 
 
 def check_same_shards(data: Path, shards: dict[str, str], saved: dict[str, str]) -> None:
-    """Raise ValueError for shards other than the `saved` ones, with which the run to be resumed was begun."""
+    """Raise ValueError unless these are the shards that the run was started with, `saved` in its checkpoint."""
     for name in sorted(shards.keys() | saved.keys()):
         now = shards.get(name)
         then = saved.get(name)
@@ -337,9 +337,9 @@ def check_same_shards(data: Path, shards: dict[str, str], saved: dict[str, str])
 
 
 def save_checkpoint(out: Path, model: GPT, trainer: dict, tokenizer: str, files: dict[str, bytes]) -> Path:
-    """Write `step_NNNNNN`, under another name until it is whole and on disk. `trainer` is as from `load_trainer`;
-    `tokenizer` is a name, with the `files` of `tokenizer_files`. Raises FloatingPointError for weights that are not
-    finite, OSError when it cannot be written."""
+    """Write `step_NNNNNN`, under a temporary name until it is complete and on disk. `trainer` is as from
+    `load_trainer`; `tokenizer` is a name, with the `files` of `tokenizer_files`. Raises FloatingPointError for weights
+    that are not finite, OSError when it cannot be written."""
     final = out / f"step_{trainer['step']:06d}"
     if not all(parameter.isfinite().all() for parameter in model.parameters()):
         problem = f"{final} is not written, since its weights are not finite"
@@ -381,7 +381,7 @@ def find_best(out: Path) -> Path | None:
 
 
 def prune(out: Path, newest: Path, keep: int) -> None:
-    """Remove all checkpoints but the `keep` newest and the best; 0: none. What is only named like one stays."""
+    """Remove all checkpoints but the `keep` newest and the best; 0 keeps all."""
     found = prep.checkpoints(out)
     past = found[: found.index(newest) + 1]  # a later one is damaged and was skipped
     best = find_best(out)
@@ -486,7 +486,7 @@ def open_log(out: Path, config: TrainConfig, step: int) -> Callable[[dict], None
 
 
 def describe_metrics(metrics: dict) -> str:
-    """The metrics of an evaluation for the terminal, one a line, with their standard errors."""
+    """The metrics of an evaluation for the terminal, one per line, with their standard errors."""
     lines = []
     for name, value in metrics.items():
         if value is not None and not name.endswith("_se"):
