@@ -8,7 +8,7 @@ After "Language Models are Unsupervised Multitask Learners" (Radford et al., 201
 release. A model is a directory in the layout that the Hugging Face hub uses for GPT-2, `model.safetensors` and
 `config.json`: `transformers.GPT2LMHeadModel.from_pretrained` opens ours, and `load_model` opens theirs.
 
-In comments on shapes: B sequences of T tokens, C = n_embd channels, nh heads of size hs = C / nh.
+In shape comments: B sequences of T tokens, C = n_embd channels, nh heads of size hs = C / nh.
 """
 
 import json
@@ -28,7 +28,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 if not hasattr(nn, "LinearCrossEntropyOptions"):
-    raise ImportError(f"PyTorch 2.13 is needed, this is {torch.__version__}")
+    raise ImportError(f"PyTorch 2.13 is needed; this is {torch.__version__}")
 
 # The architecture
 
@@ -45,7 +45,7 @@ class GPTConfig:
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
-        """Raise ValueError for a shape that no model has; it may come from a file or from the command line."""
+        """Raise ValueError for an impossible shape, which may come from a file or from the command line."""
         for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
             size = getattr(self, name)
             most = 1000 if name == "n_layer" else 2**24
@@ -119,7 +119,7 @@ class CausalSelfAttention(nn.Module):
             k = keys[:, :, :end]
             v = values[:, :, :end]
         dropout = self.dropout if self.training else 0.0
-        # Flash attention where the device has it. A single token, the newest, attends to everything that is cached.
+        # Flash attention where the device has it. A single new token attends to everything cached, without a mask.
         y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=T > 1)  # (B, nh, T, hs)
         y = y.transpose(1, 2).reshape(B, T, C)  # the heads side by side
         return self.resid_dropout(self.c_proj(y))
@@ -185,7 +185,7 @@ class GPT(nn.Module):
         at position `start`, and T must be 1 unless `start` is 0. Raises ValueError past the context."""
         end = start + tokens.size(1)
         if end > self.config.block_size:
-            raise ValueError(f"{end} tokens are more than the model's context of {self.config.block_size}")
+            raise ValueError(f"{end} tokens exceed the model's context of {self.config.block_size}")
         x = self.transformer.wte(tokens) + self.transformer.wpe.weight[start:end]
         x = self.transformer.drop(x)
         device = x.device.type
@@ -484,7 +484,7 @@ def probabilities(logits: Tensor, temperature: float, top_k: int | None, top_p: 
 def sample_token(
     logits: Tensor, temperature: float, top_k: int | None, top_p: float | None, generator: torch.Generator | None
 ) -> Tensor:
-    """(B, V) logits to (B,) int64 tokens; below a temperature of 1e-6 the most likely one."""
+    """(B, V) logits to (B,) int64 tokens: the most likely ones if the temperature is below 1e-6."""
     if temperature < 1e-6:
         return logits.argmax(dim=-1)
     probs, tokens = probabilities(logits, temperature, top_k, top_p)

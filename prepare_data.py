@@ -1,14 +1,14 @@
 """
-Download text and turn it into token shards in `data/NAME`; also fetch evaluation sets and OpenAI's weights.
+Download text and turn it into token shards in `data/NAME`; also download the evaluation sets.
 
     python prepare_data.py                                    # FineWeb-Edu, 10B tokens, and the evaluation sets
-    python prepare_data.py --source demo                      # Python's own manual, without network: data/demo
+    python prepare_data.py --source demo                      # Python's own manual, offline: data/demo
     python prepare_data.py --input corpus.jsonl --out data/mine
 
 The corpus is one stream of tokens, each document preceded by <|endoftext|>: the first --val-tokens for validation, the
-rest for training, both cut into shards `val_000000.bin`, `train_000000.bin`, ... A shard is llm.c's: 256 int32 as its
-header (20240520, 1, the number of tokens, zeros), then uint16 tokens, little endian. `meta.json` says what each split
-contains and how far the shards reach; `SHA256SUMS` covers the shards, and meta.json once the directory is complete.
+rest for training, both cut into shards `val_000000.bin`, `train_000000.bin`, ... Shards have llm.c's format: a header
+of 256 int32 (20240520, 1, the number of tokens, zeros), then uint16 tokens, little-endian. `meta.json` says what each
+split contains and where to continue; `SHA256SUMS` covers the shards and, once the directory is complete, meta.json.
 """
 
 import argparse
@@ -58,7 +58,7 @@ GPT2_PATTERN = r"(?:'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s
 
 @cache
 def get_tokenizer(name: str, thread: int = 0) -> tiktoken.Encoding:
-    """The tokenizer "gpt2", fetched once, or "byte": the 256 bytes of UTF-8, and <|endoftext|>. Threads that shared one
+    """The tokenizer "gpt2", fetched once, or "byte": the 256 byte values and <|endoftext|>. Threads that shared one
     would wait for its scratch memory, so each asks for its own. Raises OSError."""
     pattern = r"(?s:.{1,512})"
     ranks = {bytes([byte]): byte for byte in range(256)}
@@ -112,8 +112,8 @@ def check_size(size: int) -> None:
 
 
 def read_txt(path: Path) -> Iterator:
-    """The documents of a text file, which <|endoftext|> separates; a line break behind it belongs to it."""
-    rest = "\n"  # as if a separator stood before the first document, as one is put behind the last
+    """The documents of a text file, separated by <|endoftext|> and, if there is one, the line break after it."""
+    rest = "\n"  # as if a separator came before the first document; one is added after the last
     with open(path, encoding="utf-8-sig", newline="") as file:
         pieces = iter(lambda: file.read(1 << 24), "")
         for piece in itertools.chain(pieces, [END_OF_TEXT]):
@@ -128,12 +128,12 @@ def read_jsonl(path: Path) -> Iterator:
     with gzip.open(path) if path.name.lower().endswith(".gz") else open(path, "rb") as file:
         for line in iter(lambda: file.readline(MOST_BYTES + 1), b""):
             check_size(len(line))
-            yield read_object(line, "it").get("text", 0) if line.strip() else None
+            yield read_object(line, "its JSON").get("text", 0) if line.strip() else None
 
 
 def read_parquet(path: Path) -> Iterator:
     """The column "text" of a Parquet file."""
-    import pyarrow.parquet  # imported only where it is needed
+    import pyarrow.parquet  # slow to import, and only Parquet needs it
 
     for batch in pyarrow.parquet.ParquetFile(path).iter_batches(16, columns=["text"]):
         yield from batch["text"].to_pylist()
@@ -143,7 +143,7 @@ READERS = {".txt": read_txt, ".jsonl": read_jsonl, ".jsonl.gz": read_jsonl, ".pa
 
 
 def find_reader(path: Path) -> Callable:
-    """The reader for a file's format. Raises ValueError if it has none."""
+    """The reader for a file's format. Raises ValueError if the format is unknown."""
     for ending, reader in READERS.items():
         if path.name.lower().endswith(ending):
             return reader
@@ -151,16 +151,16 @@ def find_reader(path: Path) -> Callable:
 
 
 def read_texts(path: Path) -> Iterator:
-    """The documents of a file; an empty text for none. Raises ValueError, naming the line, for a damaged, non-Unicode
-    or oversized one."""
+    """The documents of a file, "" for a blank line or a null. Raises ValueError, naming the line, for a damaged,
+    non-Unicode or oversized one."""
     line = 1
     separators = 0
     try:
         for text in find_reader(path)(path):
             if not isinstance(text, str | None):
-                raise ValueError('each document must have a string called "text"')
+                raise ValueError('each document needs a string in the field "text"')
             text = text or ""
-            check_size(len(text.encode()))  # which fails for half a character, as JSON can spell it
+            check_size(len(text.encode()))  # fails for half a surrogate pair, which JSON can contain
             yield text
             line += 1
             separators += text.count(END_OF_TEXT)
@@ -168,11 +168,11 @@ def read_texts(path: Path) -> Iterator:
         where = f"{path}, line {line:,}," if ".jsonl" in path.name.lower() else path
         raise ValueError(f"{where} cannot be read: {str(error) or type(error).__name__}") from error
     if separators:
-        say(f"warning: {path} has {separators:,} {END_OF_TEXT} in its texts, kept as text", sys.stderr)
+        say(f"warning: {path} has {separators:,} {END_OF_TEXT} in its texts, kept as ordinary text", sys.stderr)
 
 
 def read_batches(path: Path) -> Iterator:
-    """The documents of a file that are not empty, in batches of at least BATCH_CHARACTERS."""
+    """The non-empty documents of a file, in batches of at least BATCH_CHARACTERS (but the last)."""
     batch = []
     length = 0
     for text in filter(None, read_texts(path)):
@@ -186,22 +186,23 @@ def read_batches(path: Path) -> Iterator:
 
 
 def cut_white_space(text: str) -> list[str]:
-    """A text in parts that have the same tokens. tiktoken's regular expression overflows its stack on a few hundred
-    thousand spaces in a row, so cut before the last character of each long run, where GPT-2's pattern splits anyway."""
-    spaces = re.compile(r"[^\S\x1c-\x1f]*")  # \x1c to \x1f are white space for Python, and not for Rust
+    """Cut a text into parts that together have its tokens. tiktoken's regular expression overflows its stack on a few
+    hundred thousand spaces in a row, so each long run is cut before its last character, where GPT-2's pattern splits
+    anyway; a run that ends the text is left whole, since the pattern does not split it."""
+    spaces = re.compile(r"[^\S\x1c-\x1f]*")  # \x1c to \x1f are white space to Python, but not to Rust
     cuts = [0]
     position = 0
-    # A look every 1,000 characters does not miss a run of 2,000.
+    # Looking once every 1,000 characters finds every run of 2,000.
     while position < len(text):
         end = spaces.match(text, position).end()
-        if end >= position + 1000 and end < len(text):  # at the end of a text, the pattern does not split
+        if end >= position + 1000 and end < len(text):
             cuts.append(end - 1)
         position = end + 1000
     return [text[start:end] for start, end in itertools.pairwise([*cuts, len(text)])]
 
 
 def tokenize(texts: list[str], tokenizer: tiktoken.Encoding) -> np.ndarray:
-    """The tokens of documents, (n,) uint16, each preceded by <|endoftext|>; within a document that is ordinary text."""
+    """The tokens of documents, (n,) uint16: before each document <|endoftext|>, which inside one is ordinary text."""
     pieces = [[]]
     for text in texts:
         pieces.append([tokenizer.eot_token])
@@ -214,7 +215,7 @@ def tokenize(texts: list[str], tokenizer: tiktoken.Encoding) -> np.ndarray:
 
 
 class RawFile(NamedTuple):
-    """A file to read: a local one, or if it has a `url`, one to download; a url that begins with "/" is on the hub."""
+    """A local file or, if it has a `url`, one to download; a URL that begins with "/" is on the hub."""
 
     name: str
     size: int  # in bytes
@@ -224,11 +225,11 @@ class RawFile(NamedTuple):
 
 
 def get(url: str, first: int = 0) -> requests.Response:
-    """Request a page, or a file from byte `first` on, with HF_TOKEN for the hub alone. Raises RequestException, or
-    ValueError, which does not repeat it, for a HF_ENDPOINT that is no address or contains a password."""
+    """Request a page, or a file from byte `first` on; only the hub is sent HF_TOKEN. Raises RequestException, or
+    ValueError, without quoting it, for an HF_ENDPOINT that is not an address or contains a password."""
     hub = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
     if not re.fullmatch(r"https?://[^/@\s]+(/[^@\s]*)?", hub):
-        raise ValueError("HF_ENDPOINT must be like https://huggingface.co, without a password")
+        raise ValueError("HF_ENDPOINT must be an address like https://huggingface.co, without a password")
     if url.startswith("/"):
         url = hub + url
     headers = {"Accept-Encoding": "identity"}
@@ -250,7 +251,7 @@ def get(url: str, first: int = 0) -> requests.Response:
     return response
 
 
-ADVICE = "check --subset, HF_ENDPOINT and your proxy, set HF_TOKEN, or run it again to continue"
+ADVICE = "check --subset, HF_ENDPOINT and your proxy, set HF_TOKEN, or run the command again to continue"
 
 
 @contextmanager
@@ -325,18 +326,18 @@ def download(file: RawFile, path: Path) -> Path:
                 time.sleep(min(60.0, 2.0**failures - 1))
     if part.stat().st_size != file.size or file.sha256 not in ("", sha256_of(part)):
         part.unlink()
-        raise OSError(f"{file.name}: the download has the wrong size or sha256; run it again")
+        raise OSError(f"{file.name}: the download has the wrong size or sha256; run the command again")
     part.replace(path)
     return path
 
 
 def tokenize_in_order(files: list, paths: list, start: list, tokenizer_name: str, workers: int) -> Iterator:
-    """(place, tokens) of each batch of documents, in order, from the place `start` on: a file and a batch in it, and
-    (n,) uint16. Threads tokenize ahead (tiktoken releases the GIL) while one downloads the next file, to its path."""
+    """(place, tokens) of each batch of documents, in order from `start` on: [file, batch within it], and (n,) uint16.
+    Threads tokenize ahead (tiktoken releases the GIL) while another downloads the next file to its path."""
 
     def read() -> Iterator:
         first = start[0]
-        # Each begins when it is asked for.
+        # map() is lazy: each download begins when next() asks for it.
         downloads = map(begin, itertools.repeat(download), files[first:], paths[first:])
         ahead = next(downloads, None)
         for index in range(first, len(files)):
@@ -363,7 +364,7 @@ HEADER_BYTES = 1024
 
 
 def read_header(path: Path) -> int:
-    """The number of tokens in a shard. Raises ValueError if it is not a whole one."""
+    """The number of tokens in a shard. Raises ValueError if the shard is not intact."""
     if not path.is_file():
         raise ValueError(f"{path} is missing, or not a regular file")
     size = path.stat().st_size
@@ -375,11 +376,11 @@ def read_header(path: Path) -> int:
 
 
 class Split(NamedTuple):
-    """A split's shards, cut into sequences of T + 1 tokens, of which neighbors share one; a remainder is not used."""
+    """A split's shards, cut into sequences of T + 1 tokens. Neighbors share one token; a remainder is unused."""
 
     paths: list[Path]
     tokens: list[int]  # in each shard
-    first: np.ndarray  # (shards + 1,) int64: each shard's first sequence, and the number of all
+    first: np.ndarray  # (shards + 1,) int64: each shard's first sequence, and the total
     sequence_length: int  # T
     vocab_size: int
 
@@ -390,11 +391,11 @@ class Split(NamedTuple):
 
 def read_meta(directory: Path) -> dict:
     """A data directory's meta.json, with at least "tokenizer" and "vocab_size". Shards without one are taken to be
-    another program's, with GPT-2's tokens. Raises ValueError for incomplete or damaged data, FileNotFoundError."""
+    another program's, in GPT-2's tokens. Raises ValueError for incomplete or damaged data, FileNotFoundError."""
     path = directory / "meta.json"
     if not directory.is_dir():
         raise FileNotFoundError(f"{directory} does not exist; run prepare_data.py first")
-    if path.name not in read_checksums(directory):  # which lists it once the directory is complete
+    if path.name not in read_checksums(directory):  # SHA256SUMS lists it once the directory is complete
         if path.exists():
             raise ValueError(f"{directory} is incomplete; run its prepare_data.py command again")
         return {"tokenizer": "gpt2", "vocab_size": VOCAB_SIZES["gpt2"]}
@@ -416,7 +417,7 @@ def open_split(directory: Path, name: str, sequence_length: int) -> Split:
         unlisted = found - listed.keys()
         if missing or unlisted:
             problem = f"{directory / min(missing | unlisted)} is missing, or not in SHA256SUMS"
-            raise ValueError(f"{problem}; restore it, or prepare the data again elsewhere")
+            raise ValueError(f"{problem}; restore it, or prepare the data again with another --out")
     if not paths:
         raise FileNotFoundError(f"{directory} contains no {name} shards; run prepare_data.py first")
     tokens = [read_header(path) for path in paths]
@@ -482,7 +483,7 @@ def write_demo(path: Path) -> RawFile:
 
     lines = [json.dumps({"text": topics[name]}).encode() + b"\n" for name in sorted(topics)]
     write_atomically(path, lines)
-    return local_file(path)._replace(modified=0)  # written anew by each command
+    return local_file(path)._replace(modified=0)  # rewritten by each command
 
 
 def list_corpus(settings: dict) -> list:
@@ -496,14 +497,14 @@ def list_corpus(settings: dict) -> list:
     for file in list_hub(f"datasets/{HUB_DATASETS[settings['source']]}", folder):
         if file.name.endswith(".parquet") and tokens < (settings["max_tokens"] or sys.maxsize):
             needed.append(file)
-            tokens += 0.2 * file.size  # about 0.3 tokens a byte, less a margin
+            tokens += 0.2 * file.size  # a low estimate: there are about 0.3 tokens per byte
     if not needed:
         raise OSError(f"the hub lists no Parquet files for {subset}; check --subset")
     return needed
 
 
 def next_shard(meta: dict) -> tuple[str, int]:
-    """The split that the next token belongs to, and how many tokens its next shard may hold, 0 at max_tokens."""
+    """The split of the next token, and how many tokens its next shard may hold: 0 once max_tokens is reached."""
     val = meta["val"]["tokens"]
     left = (meta["max_tokens"] or sys.maxsize) - val - meta["train"]["tokens"]
     room = min(meta["shard_tokens"], left)
@@ -517,8 +518,8 @@ def write_meta(out: Path, meta: dict) -> None:
 
 
 def add_shard(out: Path, meta: dict, pieces: list, split: str, position: list) -> None:
-    """Write a shard, its checksum, then meta.json: what the split now holds, and the `position` of the first token that
-    is in no shard yet."""
+    """Write a shard, its checksum, then meta.json, with the split's new counts and the `position` of the first token
+    that is in no shard yet."""
     tokenizer = get_tokenizer(meta["tokenizer"])
     counts = meta[split]
     total = sum(map(len, pieces))
@@ -592,7 +593,7 @@ def check_unchanged(out: Path, meta: dict, files: list) -> None:
             continue
         now = os.stat(file.name)
         if (now.st_size, now.st_mtime_ns) != (before.size, before.modified):
-            # Not even if the file is restored: some shards may hold what it was in between.
+            # For good, even if the file and its time are restored: some shards may be of the changed text.
             meta["files"] = [other._replace(modified=-1) for other in meta["files"]]
             write_meta(out, meta)
             problem = f"{file.name} has changed since its preparation began"
@@ -600,8 +601,8 @@ def check_unchanged(out: Path, meta: dict, files: list) -> None:
 
 
 def choose_val_tokens(batches: Iterator, meta: dict) -> Iterator:
-    """Decide on meta["val_tokens"]: of the hub's corpora 100M, of others a tenth of the first 10M tokens, for which
-    batches are read ahead. Return the same batches."""
+    """Set meta["val_tokens"] to 100M for the hub's corpora, and to a tenth of the first 10M tokens for others, whose
+    batches are read ahead. Returns the same batches."""
     most = meta["max_tokens"] or sys.maxsize
     ahead = []
     if meta["subset"]:
@@ -658,13 +659,13 @@ def prepare(settings: dict, files: list, out: Path, workers: int) -> dict:
     check_unchanged(out, meta, files)
     if not shard_names(meta):
         raise ValueError(f"{', '.join(file.name for file in files)} has no text")
-    # What differs between machines does not stay in meta.json.
+    # The finished meta.json must not depend on the machine.
     meta["files"] = [file._replace(name=Path(file.name).name, modified=0) for file in files]
     write_meta(out, meta)
     add_checksums(out, ["meta.json"])
     for path in paths:
         path.unlink(missing_ok=True)
-    with suppress(OSError):  # not there, or there is something of the user's in it
+    with suppress(OSError):  # it does not exist, or holds something of the user's
         work.rmdir()
     return meta
 
@@ -684,8 +685,8 @@ def checkpoints(run: Path) -> list[Path]:
 
 
 def is_checkpoint(directory: Path) -> bool:
-    """Whether a directory named like a checkpoint is one: no copy of another step's, and not the user's own."""
-    import torch  # imported only where it is needed
+    """Whether a directory named like a checkpoint is one, whole or damaged, and no renamed copy or the user's own."""
+    import torch  # slow to import, and not needed to prepare data
 
     path = directory / "trainer.pt"
     with suppress(Exception):  # a damaged checkpoint is one
@@ -695,7 +696,7 @@ def is_checkpoint(directory: Path) -> bool:
 
 
 def newest_checkpoint(run: Path) -> Path | None:
-    """A run's newest whole checkpoint, or None; a warning says what is wrong with one that is skipped."""
+    """A run's newest intact checkpoint, or None; a warning says what is wrong with each one skipped."""
     for checkpoint in reversed(checkpoints(run)):
         try:
             check_checksums(checkpoint, CHECKPOINT_FILES)
@@ -706,12 +707,12 @@ def newest_checkpoint(run: Path) -> Path | None:
 
 
 def model_directory(name_or_dir: str | Path) -> Path:
-    """The directory of a model: a directory as it is, the newest checkpoint of a run, or of the newest run in a
-    directory of runs, or one of OpenAI's models by name, fetched on first use by one process for all. Raises
+    """The directory of a model, given that directory, a run (its newest checkpoint), a directory of runs (the newest
+    run's), or the name of one of OpenAI's models, which one process fetches for all on first use. Raises
     FileNotFoundError if there is no such model, ValueError if it is damaged, OSError if it cannot be fetched."""
     directory = Path(name_or_dir)
     if all((directory / name).exists() for name in MODEL_FILES):
-        # A checkpoint has checksums.
+        # Every checkpoint has checksums; a model from elsewhere need not.
         if any((directory / name).exists() for name in ("SHA256SUMS", "trainer.pt")):
             check_checksums(directory, MODEL_FILES)
         return directory
@@ -729,7 +730,7 @@ def model_directory(name_or_dir: str | Path) -> Path:
 
 
 def fetch_model(name: str) -> Path:
-    """The directory of one of OpenAI's models, fetched if it is not there. Raises OSError."""
+    """The directory of one of OpenAI's models, fetched if missing or damaged. Raises OSError."""
     directory = Path("data/models") / name
     with suppress(OSError, ValueError):
         check_checksums(directory, MODEL_FILES)
@@ -738,7 +739,7 @@ def fetch_model(name: str) -> Path:
         files = {file.name: file for file in list_hub(f"models/openai-community/{name}")}
         for file in MODEL_FILES:
             if file not in files:
-                raise OSError(f"the hub lists no {file} of {name}; check HF_ENDPOINT")
+                raise OSError(f"the hub lists no {file} for {name}; check HF_ENDPOINT")
             download(files[file], directory / file)
         add_checksums(directory, MODEL_FILES)
     return directory
@@ -844,7 +845,7 @@ def in_background(function: Callable, items: Iterable, threads: int, ahead: int)
         yield future.result()
 
 
-# Shared by the scripts: files that are written whole, and by one process, and checked
+# Shared by the scripts: locks, atomic writes and checksums
 
 
 @contextmanager
@@ -880,7 +881,7 @@ def synchronize(path: Path) -> None:
 
 @contextmanager
 def writing(path: Path) -> Iterator:
-    """Name the file in an error that the operating system leaves nameless, such as a full disk."""
+    """Add the file's name to an error that comes without one, such as a full disk."""
     try:
         yield
     except OSError as error:
@@ -999,14 +1000,14 @@ def main(argv: list | None = None) -> None:
     add = parser.add_argument
     origin = parser.add_mutually_exclusive_group()
     amount = number(int, 1, 10**15)
-    origin.add_argument("--source", choices=SOURCES, help="default: fineweb-edu and evaluation sets")
+    origin.add_argument("--source", choices=SOURCES, help="what to prepare (default: fineweb-edu and evaluation sets)")
     origin.add_argument("--input", nargs="+", metavar="FILE", help="your own text: " + ", ".join(READERS))
-    add("--subset", default="sample-10BT", help="FineWeb's sample (default: sample-10BT) or dump")
-    add("--out", help="output directory (default: data/NAME); alone, for FineWeb-Edu only")
+    add("--subset", default="sample-10BT", help="sample or dump of FineWeb (default: sample-10BT)")
+    add("--out", help="output directory (default: data/NAME); without --source, of FineWeb-Edu")
     add("--tokenizer", choices=VOCAB_SIZES, help="tokenizer (default: gpt2; byte for the demo)")
-    add("--shard-tokens", type=number(int, 1, 2**31 - 1), default=10**8, help="in a shard (default: 100M)")
-    add("--val-tokens", type=amount, help="for validation (default: a tenth, at most 1M; of FineWeb 100M)")
-    add("--max-tokens", type=amount, help="for both splits together (default: all)")
+    add("--shard-tokens", type=number(int, 1, 2**31 - 1), default=10**8, help="tokens in a shard (default: 100M)")
+    add("--val-tokens", type=amount, help="validation tokens (default: a tenth, at most 1M; FineWeb: 100M)")
+    add("--max-tokens", type=amount, help="tokens in both splits together (default: all)")
     add("--workers", type=number(int, 1, 1024), default=1024, help="threads (default: one per core)")
     args = parser.parse_args(argv)
     sources = [args.source] if args.input or args.source else [*EVALUATION_SETS, "fineweb-edu"]

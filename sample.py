@@ -40,9 +40,9 @@ def stream_decoder(tokenizer: tiktoken.Encoding) -> Callable[[int], str]:
 
 
 def read_prompts(args: argparse.Namespace) -> Iterator[str]:
-    """The prompt of the command line or of standard input; with --interactive, each line of that."""
+    """The prompt, from the command line or standard input; with --interactive, each line of standard input."""
     with suppress(AttributeError):  # a replacement of standard input may lack this
-        sys.stdin.reconfigure(errors="surrogateescape")  # what is not UTF-8 is refused when it is encoded
+        sys.stdin.reconfigure(errors="surrogateescape")  # encode_prompt() refuses what is not UTF-8
     if not args.interactive:
         text = args.prompt
         if text == "-":
@@ -58,8 +58,8 @@ def read_prompts(args: argparse.Namespace) -> Iterator[str]:
 
 
 def encode_prompt(prompt: str, tokenizer: tiktoken.Encoding, block_size: int) -> list[int]:
-    """The last `block_size` tokens of a prompt, in which <|endoftext|> stands for the token; an empty prompt begins a
-    new text. Raises ValueError for what was not UTF-8."""
+    """The last `block_size` tokens of a prompt, in which <|endoftext|> stands for the token; an empty prompt becomes
+    that token. Raises ValueError if the prompt was not UTF-8."""
     try:
         prompt.encode()
     except UnicodeEncodeError as error:
@@ -74,7 +74,7 @@ def encode_prompt(prompt: str, tokenizer: tiktoken.Encoding, block_size: int) ->
 def print_samples(
     model: gpt.GPT, tokenizer: tiktoken.Encoding, prompt: str, args: argparse.Namespace, generator: torch.Generator
 ) -> None:
-    """Print the first sample while it is generated, and at the end the others, each below a rule."""
+    """Print the first sample as it is generated, then the others, each below a line of dashes."""
     device = model.transformer.wte.weight.device
     tokens = encode_prompt(prompt, tokenizer, model.config.block_size)
     began = time.perf_counter()
@@ -109,7 +109,8 @@ def sample(args: argparse.Namespace) -> None:
     config, tokenizer_name = gpt.read_config(directory)
     tokenizer = prep.get_tokenizer(tokenizer_name)
     if config.vocab_size > tokenizer.n_vocab:
-        prep.say(f"of {config.vocab_size} tokens, the {tokenizer.n_vocab} of {tokenizer_name} are used", sys.stderr)
+        problem = f"{directory} has a vocabulary of {config.vocab_size}"
+        prep.say(f"{problem}; the {tokenizer.n_vocab} tokens of {tokenizer_name} are used", sys.stderr)
     prep.status(f"reading {directory}")
     model = gpt.load_model(directory, vocab_size=tokenizer.n_vocab)
     model = gpt.center_logits(model).to(device, gpt.choose_dtype(args.dtype, device))
@@ -134,15 +135,15 @@ def main(argv: list[str] | None = None) -> None:
     add("--prompt", default="", help="text to continue; - reads standard input (default: none)")
     add("--interactive", action="store_true", help="read prompts from standard input, one per line")
     add("--num-samples", type=number(int, 1, 4096), default=1, help="samples per prompt (default: 1)")
-    add("--max-new-tokens", type=number(int, 1, 10**6), default=500, help="per sample (default: 500)")
-    add("--temperature", type=number(float, 0, 10**6), default=0.8, help="0: the most likely token (default: 0.8)")
+    add("--max-new-tokens", type=number(int, 1, 10**6), default=500, help="tokens per sample (default: 500)")
+    add("--temperature", type=number(float, 0, 10**6), default=0.8, help="0 is greedy, higher is wilder (default: 0.8)")
     add("--top-k", type=number(int, 0, 10**6), default=50, help="keep the k most likely tokens; 0: all (default: 50)")
     add("--top-p", type=number(float, 1e-6, 1), default=1.0, help="keep the fewest tokens that sum to p (default: 1)")
     add("--seed", type=number(int, 0, 2**63 - 1), default=1337, help="seed of the random draws (default: 1337)")
     add("--device", default="auto", choices=gpt.DEVICES, help="device to run on (default: auto)")
     add("--dtype", default="auto", choices=gpt.DTYPES, help="precision of the model (default: auto)")
     args = parser.parse_args(argv)
-    torch.backends.cuda.enable_cudnn_sdp(False)  # it makes a new plan for every length
+    torch.backends.cuda.enable_cudnn_sdp(False)  # cuDNN makes a new plan for every length
     with prep.one_line_errors("sample.py", "use fewer --num-samples, or a smaller --model"):
         sample(args)
 

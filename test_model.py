@@ -2,13 +2,13 @@
 The project's promises, and a test for each. The eight laws:
 
 1. Parity: on the same weights the logits are those of the reference GPT-2.
-2. Split invariance: ranks, micro-batches and accumulation steps cut a batch, and (without dropout) change nothing else.
+2. Split invariance: how ranks, micro-batches and accumulation steps divide a batch changes nothing (without dropout).
 3. Exact resume: a run killed at any moment and resumed is the run that was never killed, bit for bit on a CPU.
 4. Cache: greedy text is the same with the KV cache as without it.
-5. Reproducible shards: the same text gives the same bytes with any number of workers, however often it was killed.
-6. Loss sync: the logged loss is the mean over every token of the batch, on all ranks and micro-batches.
+5. Reproducible shards: the same text gives the same bytes with any number of workers and after any number of kills.
+6. Loss sync: the logged loss is the mean over every token of the batch, over all ranks and micro-batches.
 7. One writer: a second process in a directory is refused, and changes nothing.
-8. Nothing damaged is believed: every file of a checkpoint and of prepared data has its sha256 checked.
+8. Nothing damaged is trusted: every file of a checkpoint and of prepared data has its sha256 checked.
 
 Files, processes, signals and servers are real. The tests need no network; a few run only where there is a GPU.
 """
@@ -42,7 +42,7 @@ from types import SimpleNamespace as Site
 from typing import Any
 
 ROOT = Path(__file__).parent
-# For this process, before it imports torch, and for all that it starts: the rounding of sums depends on the threads.
+# For this process, before it imports torch, and all that it starts: sums round differently with other thread counts.
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
 
@@ -100,7 +100,7 @@ def start(*command: object, cwd: Path | None = None) -> subprocess.Popen:
 
 
 def run(*command: object, status: int = 0, cwd: Path | None = None) -> tuple[str, str]:
-    """What a script that ends with `status` has written to its standard output and error."""
+    """The standard output and error of a script, which must end with `status`."""
     process = start(*command, cwd=cwd)
     said = process.communicate(timeout=TIMEOUT)
     assert process.returncode == status, f"{command} ended with {process.returncode}\n{said[0]}\n{said[1]}"
@@ -109,7 +109,7 @@ def run(*command: object, status: int = 0, cwd: Path | None = None) -> tuple[str
 
 @contextlib.contextmanager
 def running(*command: object, lines: int, word: str) -> Iterator[None]:
-    """A script that has printed so many lines with a word in them, and runs until the end of the block kills it."""
+    """Run a script, wait until it has printed so many lines with the word in them, and kill it when the block ends."""
     process = start(*command)
     try:
         found = itertools.islice((line for line in process.stdout if word in line), lines)
@@ -135,7 +135,7 @@ def refusal(main: Callable, capsys: Capture, *options: object, status: int = 1) 
 
 @contextlib.contextmanager
 def limited(kind: int, most: int) -> Iterator[None]:
-    """A limit of the operating system on this process: the size of a file, or its memory."""
+    """Have the operating system limit this process's file size or memory."""
     before = resource.getrlimit(kind)
     resource.setrlimit(kind, (most, before[1]))
     try:
@@ -145,7 +145,7 @@ def limited(kind: int, most: int) -> Iterator[None]:
 
 
 def free_port() -> int:
-    """A port to listen on, which nobody else gets as long as this process lives."""
+    """A port to listen on, reserved for as long as this process lives."""
     PORTS.append(socket.socket())
     PORTS[-1].setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     PORTS[-1].bind(("127.0.0.1", 0))
@@ -213,7 +213,7 @@ def test_parameter_counts_are_those_of_the_release() -> None:
 def test_flops_per_token_are_what_pytorch_counts() -> None:
     config = replace(TINY, vocab_size=128)  # no padding, which would be counted too
     tokens = torch.randint(128, (1, 17))
-    plain = torch.autocast("cpu", dtype=torch.bfloat16)  # the counter cannot see into the loss by rows
+    plain = torch.autocast("cpu", dtype=torch.bfloat16)  # the counter cannot see into the chunked loss
     math_attention = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)
     with FlopCounterMode(display=False) as counter, math_attention, plain:
         GPT(config)(tokens[:, :-1], tokens[:, 1:]).backward()
@@ -283,7 +283,7 @@ def test_evaluation_mode_restores_what_it_found() -> None:
     torch.backends.cuda.enable_cudnn_sdp(True)
 
 
-def test_centered_logits_are_the_same_text_and_lose_less_in_bfloat16() -> None:
+def test_centered_logits_have_the_same_softmax_and_lose_less_in_bfloat16() -> None:
     model = random_model()
     with torch.no_grad():
         model.transformer.wte.weight += 5 * torch.randn(32)  # a mean far from 0, as OpenAI's weights have
@@ -361,7 +361,7 @@ def test_a_vocabulary_can_be_cut_but_not_extended(tmp_path: Path) -> None:
         load_model(tmp_path, vocab_size=301)
 
 
-def test_a_model_that_is_not_one_is_refused(tmp_path: Path, capsys: Capture) -> None:
+def test_damaged_and_foreign_models_are_refused(tmp_path: Path, capsys: Capture) -> None:
     save_model(random_model(), tmp_path)
     weights = tmp_path / "model.safetensors"
     config = tmp_path / "config.json"
@@ -461,8 +461,8 @@ def test_generation_stops_when_every_row_has_drawn_the_stop_token() -> None:
 
 @pytest.fixture
 def site(monkeypatch: Patch) -> Iterator[Site]:
-    """The hub of a test, which does not wait between tries: its url, its content (path -> bytes), its faults, a word
-    for each request to come, and the requests it had, as (path, headers)."""
+    """A server in place of the hub, without waits between attempts: its url, its content (path -> bytes), its faults (a
+    word for each coming request), and the requests so far, as (path, headers)."""
     content = {}
     faults = []
     log = []
@@ -548,7 +548,7 @@ def test_openai_weights_are_fetched_once_and_checked(site: Site, tmp_path: Path,
 
 
 @pytest.mark.parametrize("fault", ["ignore range and drop", "busy"])
-def test_a_download_that_brings_nothing_new_ends(site: Site, tmp_path: Path, monkeypatch: Patch, fault: str) -> None:
+def test_a_download_without_progress_gives_up(site: Site, tmp_path: Path, monkeypatch: Patch, fault: str) -> None:
     waits, content = [], bytes(range(256)) * 1000
     monkeypatch.setattr(time, "sleep", waits.append)
     site.content["/a"] = content
@@ -563,7 +563,7 @@ def test_a_download_that_brings_nothing_new_ends(site: Site, tmp_path: Path, mon
 
 
 def test_a_listing_has_a_deadline(site: Site, monkeypatch: Patch) -> None:
-    """Pages without end, each of which comes in time."""
+    """Endless pages, each of which arrives in time."""
     listing = "/api/models/b/tree/main"
     site.content[listing] = b"[]"
     site.content[f"{listing} next"] = listing.encode()  # its next page is itself
@@ -579,11 +579,11 @@ def test_redirects_that_lead_nowhere_end_at_once(site: Site, tmp_path: Path, tar
     site.content["/a moved"] = target.encode()
     with pytest.raises(OSError, match=r"a could not be fetched: .*check --subset, HF_ENDPOINT and your proxy"):
         prepare_data.download(prepare_data.RawFile("a", 10, "", f"{site.url}/a"), tmp_path / "a")
-    assert len(site.requests) <= 31  # of one attempt, a loop
+    assert len(site.requests) <= 31  # requests' limit on redirects, in a single attempt
 
 
 @pytest.mark.parametrize("address", ["http://user:SECRET@host", "host:SECRET@", "huggingface.co", "http://"])
-def test_an_odd_address_of_the_hub_is_refused_and_not_shown(address: str, monkeypatch: Patch) -> None:
+def test_an_invalid_hub_address_is_refused_and_not_shown(address: str, monkeypatch: Patch) -> None:
     monkeypatch.setenv("HF_ENDPOINT", address)
     with pytest.raises(ValueError, match="HF_ENDPOINT must be") as problem:
         prepare_data.list_hub("models/b")
@@ -591,7 +591,7 @@ def test_an_odd_address_of_the_hub_is_refused_and_not_shown(address: str, monkey
 
 
 @pytest.mark.parametrize("token", ["\ufeffsecret", "sec\nret"])  # as editors save a file
-def test_a_token_that_cannot_be_one_is_refused_and_not_shown(site: Site, token: str, monkeypatch: Patch) -> None:
+def test_an_invalid_token_is_refused_and_not_shown(site: Site, token: str, monkeypatch: Patch) -> None:
     monkeypatch.setenv("HF_TOKEN", token)
     with pytest.raises(OSError, match="HF_TOKEN") as problem:
         prepare_data.list_hub("models/b")
@@ -679,7 +679,7 @@ def test_end_of_text_separates_the_documents_of_a_text_file(tmp_path: Path) -> N
     assert list(filter(None, prepare_data.read_texts(tmp_path / "a.txt"))) == texts
 
 
-def test_endless_white_space_has_the_tokens_of_the_whole() -> None:
+def test_cutting_long_white_space_changes_no_token() -> None:
     """With GPT-2's own pattern, and every pair of the texts' bytes as a token, so that a wrong cut would show."""
     rng = np.random.default_rng(0)
     words = ["the", " ", "\n", "\u00a0", "\x1c", "\x85", "\u3000", "'s", "é", " " * 1500, "\n" * 1200, "\t \n" * 700]
@@ -693,7 +693,7 @@ def test_endless_white_space_has_the_tokens_of_the_whole() -> None:
     )
     for text in (*texts, *documents()):
         assert prepare_data.tokenize([text], tokenizer)[1:].tolist() == published.encode_ordinary(text)
-    endless = "a" + " " * 1_000_000 + "b" + "\n" * 1_000_000  # more than tiktoken can take as one, but at the end
+    endless = "a" + " " * 1_000_000 + "b" + "\n" * 1_000_000  # too much for tiktoken at once, except at the end
     assert tokenizer.decode(prepare_data.tokenize([endless], tokenizer)[1:].tolist()) == endless
 
 
@@ -720,7 +720,7 @@ def test_tokenizer_files_are_those_of_openai_or_spell_bytes_as_they_do(tmp_path:
 
 
 def serve_hub(site: Site, texts: list[str]) -> list[str]:
-    """Put texts on a server as the hub shows them: three Parquet files of FineWeb-Edu's sample-10BT, two of which have
+    """Put texts on a server as the hub serves them: three Parquet files of FineWeb-Edu's sample-10BT, two of which have
     the same base name, listed on two pages. Returns their addresses."""
     fineweb, entries, size = "/datasets/HuggingFaceFW/fineweb-edu", [], len(texts) // 3
     for i, name in enumerate(("000_00000", "a/001_00000", "b/001_00000")):
@@ -771,7 +771,7 @@ def test_fineweb_is_fetched_through_faults(site: Site, tmp_path: Path, monkeypat
     assert "ConnectionError" in refusal(prepare_data.main, capsys, *options, tmp_path / "nothing")
 
 
-def test_full_disk_ends_in_one_line_and_can_go_on(tmp_path: Path, capsys: Capture) -> None:
+def test_a_full_disk_ends_in_one_line_and_loses_nothing(tmp_path: Path, capsys: Capture) -> None:
     options = ["--input", write_jsonl(tmp_path / "a.jsonl", documents()), "--shard-tokens", "50k"]
     with limited(resource.RLIMIT_FSIZE, 60_000):
         message = refusal(prepare_data.main, capsys, "--out", tmp_path / "out", "--tokenizer", "byte", *options)
@@ -780,7 +780,7 @@ def test_full_disk_ends_in_one_line_and_can_go_on(tmp_path: Path, capsys: Captur
 
 
 def test_memory_does_not_grow_with_the_corpus(tmp_path: Path) -> None:
-    """The largest size of a preparation, by the operating system's account, for one and for ten times a text."""
+    """Peak memory, as the operating system reports it, of preparing a text and ten times as much text."""
     prepare_and_tell, peaks = "import prepare_data; prepare_data.main(); print(*open('/proc/self/status'))", []
     for copies in (10, 100):
         source = write_jsonl(tmp_path / f"{copies}.jsonl", documents() * copies)
@@ -900,7 +900,7 @@ def test_continuing_checks_what_is_there(tmp_path: Path, capsys: Capture) -> Non
     prepare(whole, *options)
 
 
-def test_progress_that_cannot_be_is_refused(tmp_path: Path, capsys: Capture) -> None:
+def test_an_impossible_position_is_refused(tmp_path: Path, capsys: Capture) -> None:
     source = write_jsonl(tmp_path / "a.jsonl", documents())
     options = ["--out", tmp_path / "out", "--tokenizer", "byte", "--input", source, "--shard-tokens", "10k"]
     with running("prepare_data.py", *options, lines=1, word=".bin: "):
@@ -936,7 +936,7 @@ def test_an_input_that_changes_is_not_continued(tmp_path: Path, capsys: Capture,
     assert contents(tmp_path / "killed").keys() == shards
 
 
-def test_files_of_the_users_own_survive(tmp_path: Path) -> None:
+def test_the_users_own_files_survive(tmp_path: Path) -> None:
     mine = tmp_path / ".work" / "mine", tmp_path / ".demo.jsonl"
     mine[0].parent.mkdir()
     for path in mine:
@@ -947,7 +947,7 @@ def test_files_of_the_users_own_survive(tmp_path: Path) -> None:
 
 
 def test_ctrl_c_ends_a_preparation_at_once(tmp_path: Path) -> None:
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have it ignored, in the background
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a background shell may ignore it
     (tmp_path / "a.txt").write_bytes(b"a" * 100_000_000 + b"<|endoftext|>" + b"b" * 100_000_000)
     process = start("prepare_data.py", "--tokenizer", "byte", "--input", tmp_path / "a.txt", "--out", tmp_path / "out")
     while not (tmp_path / "out" / "meta.json").exists():
@@ -1029,7 +1029,7 @@ def run_train(shards: Path, out: Path, **changes: object) -> Path:
 
 
 def read_log(out: Path) -> list[dict]:
-    """The lines of metrics.jsonl after the settings, without what tells the time or the machine."""
+    """The lines of metrics.jsonl after the settings, without what depends on time or the machine."""
     first, *lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert first["config"]["seed"] == 1337
     assert all(line["seconds"] >= 0 for line in lines)
@@ -1057,7 +1057,7 @@ def assert_same_weights(first: Path, second: Path, tolerance: float = 0.0) -> No
 
 
 def assert_same_run(first: Path, second: Path) -> None:
-    """Weights, optimizer state and log are the same to the bit."""
+    """Weights, optimizer state and log are the same, bit for bit."""
     assert_same_weights(first, second)
     states = [torch.load(path / "trainer.pt", weights_only=True)["optimizer"] for path in (first, second)]
     assert states[0]["param_groups"] == states[1]["param_groups"]
@@ -1143,7 +1143,7 @@ def test_each_sequence_is_used_once_an_epoch_and_the_step_decides_which(data: Pa
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_gpu)])
-def test_law_2_the_cut_of_a_batch_changes_nothing(device: str, data: Path, tmp_path: Path) -> None:
+def test_law_2_how_a_batch_is_divided_changes_nothing(device: str, data: Path, tmp_path: Path) -> None:
     changes = {"init_from": save_random(tmp_path / "start"), "steps": 4, "eval_every": 2, "grad_clip": 0.5}
     changes |= {"device": device, "no_compile": True}
     tolerance = 5e-5 if device == "cpu" else 1e-3  # Adam blows up what differs in small gradients
@@ -1266,7 +1266,7 @@ def test_law_3_on_a_gpu_a_resumed_run_is_the_same_to_rounding(dtype: str, data: 
     assert losses(tmp_path / "whole")[-1] < losses(tmp_path / "whole")[0] - 0.1
 
 
-def test_a_run_continues_on_other_ranks_and_with_a_divided_optimizer(data: Path, tmp_path: Path) -> None:
+def test_a_run_resumes_on_more_ranks_and_with_a_sharded_optimizer(data: Path, tmp_path: Path) -> None:
     changes = {"checkpoint_every": 2, "eval_every": 2}
     moved = tmp_path / "moved"
     stop = "learning_rate", 2, signal.SIGTERM
@@ -1373,7 +1373,7 @@ def test_where_nothing_can_be_compiled_one_line_says_so(data: Path, tmp_path: Pa
 def test_a_micro_batch_is_found_and_one_too_large_ends_in_one_line(data: Path, tmp_path: Path, capsys: Capture) -> None:
     changes = {"steps": 1, "warmup_steps": 0, "eval_every": 0, "total_batch_tokens": 2**15}
     run_train(data, tmp_path / "found", **changes, micro_batch_size=0)
-    assert "8 passes x 1 ranks x 128 sequences" in capsys.readouterr().out  # 4,096 tokens
+    assert "8 micro-batches x 1 ranks x 128 sequences" in capsys.readouterr().out  # 4,096 tokens
     # The queries, keys and values of 32,768 tokens alone are 200 MB, more than any heap has in reserve.
     options = flags(data, tmp_path / "much", **changes | {"micro_batch_size": 2**10, "n_embd": 512})
     in_use = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
@@ -1463,7 +1463,7 @@ def flip(path: Path) -> None:
 
 
 def sums_checked(directory: Path) -> int:
-    """How many files sha256sum finds as SHA256SUMS says."""
+    """How many files `sha256sum -c` finds intact."""
     done = subprocess.run(["sha256sum", "-c", "SHA256SUMS"], cwd=directory, capture_output=True, text=True, check=True)
     return done.stdout.count(": OK\n")
 
@@ -1509,8 +1509,8 @@ def test_a_checkpoint_outlives_the_settings_of_the_code(data: Path, tmp_path: Pa
     shutil.rmtree(tmp_path / "old" / "step_000006")
     path = tmp_path / "old" / "step_000003" / "trainer.pt"
     state = torch.load(path)
-    del state["config"]["weight_decay"]  # as in a version before it had this setting
-    state["config"]["label_smoothing"] = 0.1  # or one that has it no more
+    del state["config"]["weight_decay"]  # as saved by a version without this setting
+    state["config"]["label_smoothing"] = 0.1  # and by one with a setting that is gone
     torch.save(state, path)
     prepare_data.add_checksums(path.parent, [path.name])
     run_main("--out", tmp_path / "old", "--resume")
@@ -1584,7 +1584,7 @@ def test_law_8_another_programs_data_is_recognized_by_name_and_size(
     assert model_module.read_config(checkpoint)[0].vocab_size == 50257
     state = torch.load(checkpoint / "trainer.pt")
     assert state["shards"]["train_000000.bin"] == "20000 tokens"
-    state["shards"] = {path.name: prepare_data.sha256_of(path) for path in shards.glob("*.bin")}  # as once saved
+    state["shards"] = {path.name: prepare_data.sha256_of(path) for path in shards.glob("*.bin")}  # as before
     torch.save(state, checkpoint / "trainer.pt")
     prepare_data.add_checksums(checkpoint, ["trainer.pt"])
     run_train(shards, tmp_path / "out", **changes, resume=True)
@@ -1599,7 +1599,7 @@ def shard(magic: int = 20240520, version: int = 1, count: int = 3, tokens: Any =
     return header.tobytes() + np.array(tokens, dtype="<u2").tobytes()
 
 
-def test_reading_data_does_not_fill_the_memory(tmp_path: Path) -> None:
+def test_reading_data_does_not_fill_memory(tmp_path: Path) -> None:
     def resident() -> int:
         return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
@@ -1626,7 +1626,7 @@ def test_shards_of_other_programs_are_read_and_bad_ones_named(tmp_path: Path) ->
         with pytest.raises(ValueError, match=modded.name):
             prepare_data.open_split(tmp_path, "train", 1)
     modded.unlink()
-    os.mkfifo(modded)  # whoever opens it waits for a writer
+    os.mkfifo(modded)  # opening it would wait for a writer
     with pytest.raises(ValueError, match=modded.name):
         prepare_data.open_split(tmp_path, "train", 1)
 
@@ -1712,7 +1712,7 @@ def test_what_is_missing_is_named_in_one_line(tmp_path: Path, monkeypatch: Patch
     assert "use WSL" in said and said.count("\n") == 1
     custom.write_text("import torch; del torch.nn.LinearCrossEntropyOptions; torch.__version__ = '2.12.0'")
     _, error = run("train.py", status=1)
-    assert error == "train.py: error: PyTorch 2.13 is needed, this is 2.12.0; pip install -r requirements.txt\n"
+    assert error == "train.py: error: PyTorch 2.13 is needed; this is 2.12.0; pip install -r requirements.txt\n"
 
 
 def test_demo_from_nothing_to_text(tmp_path: Path) -> None:

@@ -6,9 +6,9 @@ Train a GPT-2 on token shards: on a CPU, on one GPU, or on many under torchrun.
     python train.py --preset demo                         # two minutes on a CPU
     python train.py --eval-only --init-from gpt2          # evaluate OpenAI's model
 
-Reads the shards that prepare_data.py or llm.c wrote. Writes to --out: `metrics.jsonl`, and checkpoints `step_NNNNNN/`.
-The batch of an update depends on the seed and the step alone: resumed on a different number of GPUs, a run is still
-(without dropout) the same run.
+Reads token shards from prepare_data.py or llm.c; writes `metrics.jsonl` and checkpoints `step_NNNNNN/` to --out.
+The batch of an update depends only on the seed and the step: resumed on a different number of GPUs, a run without
+dropout is still the same run.
 """
 
 import argparse
@@ -62,17 +62,17 @@ class TrainConfig:
 
     data: str = option("data/fineweb-edu", "directory of token shards")
     model: str = option("gpt2", "size of a new model", choices=tuple(MODEL_SIZES))
-    n_layer: int = option(0, "layers of a new model; 0: as in --model")
-    n_head: int = option(0, "attention heads of a new model; 0: as in --model")
-    n_embd: int = option(0, "width of a new model; 0: as in --model")
+    n_layer: int = option(0, "layers of a new model (default: as in --model)")
+    n_head: int = option(0, "attention heads of a new model (default: as in --model)")
+    n_embd: int = option(0, "width of a new model (default: as in --model)")
     out: str = option("", "directory to write to (default: out/NAME for --data data/NAME)")
     resume: bool = option(False, "resume from the newest checkpoint in --out, if any")
     init_from: str = option("", "start from a checkpoint, a run, or gpt2, gpt2-medium, ...")
-    eval_only: bool = option(False, "only evaluate --init-from, or the newest checkpoint")
+    eval_only: bool = option(False, "evaluate --init-from, or the newest checkpoint, and exit")
     seed: int = option(1337, "random seed for initialization, data order and dropout")
     sequence_length: int = option(1024, "tokens in a sequence, and a new model's context", 1, 2**20)
-    micro_batch_size: int = option(0, "sequences per pass and device; 0: as many as fit")
-    total_batch_tokens: int = option(2**19, "tokens in an update, over all devices and passes", 1)
+    micro_batch_size: int = option(0, "sequences in a device's micro-batch (default: as many as fit)")
+    total_batch_tokens: int = option(2**19, "tokens in an update, over all devices and micro-batches", 1)
     steps: int = option(19073, "number of updates", 1)
     warmup_steps: int = option(715, "warmup updates")
     max_lr: float = option(6e-4, "learning rate after the warmup")
@@ -80,18 +80,18 @@ class TrainConfig:
     beta2: float = option(0.95, "decay rate of AdamW's squared-gradient average", most=0.999999)
     weight_decay: float = option(0.1, "weight decay, on matrices")
     grad_clip: float = option(1.0, "clip the gradient to this norm; 0: no clipping")
-    dropout: float = option(0.0, "of embeddings, attention and residual branches", most=0.999)
+    dropout: float = option(0.0, "dropout of embeddings, attention and residual branches (default: 0)", most=0.999)
     dtype: str = option("auto", "precision of matrix products", choices=gpt.DTYPES)
     compile: bool | None = option(None, "torch.compile the model (default: on CUDA)")
     device: str = option("auto", "device to train on", choices=gpt.DEVICES)
     zero: bool = option(False, "shard the optimizer state across ranks (ZeRO stage 1)")
     eval_every: int = option(250, "evaluate every N updates; 0: never")
     eval_tokens: int = option(10 * 2**20, "tokens of the validation split to evaluate on", 1)
-    eval_tasks: int = option(100_000, "tasks of HellaSwag and LAMBADA to evaluate; 0: none")
+    eval_tasks: int = option(100_000, "at most N tasks of each evaluation set; 0: none")
     tensorboard: bool = option(False, "also log for TensorBoard (pip install tensorboard)")
     sample_every: int = option(1000, "print a sample of text every N updates; 0: never")
     checkpoint_every: int = option(4000, "write a checkpoint every N updates; 0: only at the end")
-    keep_checkpoints: int = option(2, "checkpoints to keep, beside the best; 0: all")
+    keep_checkpoints: int = option(2, "newest checkpoints to keep, besides the best; 0: all")
     log_every: int = option(1, "log every N updates", 1)
 
     def __post_init__(self) -> None:
@@ -106,7 +106,7 @@ class TrainConfig:
                 raise ValueError(f"{item.name} is {value!r}: out of range, or of the wrong type")
 
 
-# What a resumed run may change. All other settings decide what is computed.
+# What a resumed run may change. A change of any other setting would make it another run.
 MAY_CHANGE = {
     *("data", "out", "resume", "init_from", "eval_only"),
     *("micro_batch_size", "dtype", "compile", "device", "zero"),
@@ -135,7 +135,7 @@ PRESETS = {"gpt2": TrainConfig(), "book": BOOK, "demo": replace(BOOK, data="data
 def parse_args(parser: argparse.ArgumentParser, argv: list[str] | None) -> tuple[TrainConfig, dict[str, Any]]:
     """Parse the command line, an option for each field. Returns all settings, and the ones given explicitly."""
     add = parser.add_argument
-    add("--preset", default="gpt2", choices=PRESETS, help="defaults, which other options override")
+    add("--preset", default="gpt2", choices=PRESETS, help="settings to start from; other options override them")
     for item in fields(TrainConfig):
         how = {"action": argparse.BooleanOptionalAction}
         if item.type is str:
@@ -164,12 +164,12 @@ def check_config(config: TrainConfig) -> None:
     pass_tokens = config.sequence_length * max(1, config.micro_batch_size) * ranks
     if total % pass_tokens:
         problem = f"--total-batch-tokens {total} must be a multiple of {pass_tokens}"
-        raise ValueError(f"{problem} (the tokens of a pass on all devices)")
+        raise ValueError(f"{problem} (a micro-batch on every device)")
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:
-    """The learning rate of update `step`, counted from 1: from 0 (at 0) linearly to max_lr at warmup_steps, then half a
-    period of a cosine to min_lr at the last."""
+    """The learning rate of update `step`, counted from 1: it rises linearly from 0 to max_lr at warmup_steps, and falls
+    along half a cosine period to min_lr at the last."""
     if step < config.warmup_steps:
         return config.max_lr * step / config.warmup_steps
     progress = (step - config.warmup_steps) / (config.steps - config.warmup_steps)
@@ -178,7 +178,7 @@ def learning_rate(step: int, config: TrainConfig) -> float:
 
 
 def due(step: int, every: int, last: int) -> bool:
-    """Whether something is done at a step: at every multiple of `every`, and at the last; 0: never."""
+    """Whether to act at `step`: at each multiple of `every` and at the last step; never if `every` is 0."""
     return every > 0 and (step % every == 0 or step == last)
 
 
@@ -189,12 +189,12 @@ def read_environment(name: str, default: int) -> int:
     """A number that torchrun sets, at least `default`. Raises ValueError if it is not one."""
     text = os.environ.get(name, str(default))
     if not text.isdecimal() or int(text) < default:
-        raise ValueError(f"{name} is {text!r} in the environment; start with torchrun")
+        raise ValueError(f"{name} is {text!r} in the environment; unset it, or start with torchrun")
     return int(text)
 
 
 class Process(NamedTuple):
-    """This process: its rank, how many there are, its device, and its precision for matrix products."""
+    """This process: its rank, the number of ranks, its device, and its precision for matrix products."""
 
     rank: int
     world_size: int
@@ -214,7 +214,7 @@ def start_process(config: TrainConfig) -> Process:
     device = gpt.choose_device(config.device)
     if device.type == "cuda":
         if local_rank >= torch.cuda.device_count():
-            raise ValueError(f"there is no GPU for rank {local_rank}; use a smaller --nproc_per_node")
+            raise ValueError(f"there is no GPU for local rank {local_rank}; use a smaller --nproc_per_node")
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
     if "WORLD_SIZE" in os.environ:  # set by torchrun, even for a single process
@@ -233,7 +233,7 @@ def join_processes(rank: int, world_size: int, device: torch.device) -> None:
     """Join the process group that torchrun has started. Raises RuntimeError or OSError when it cannot be reached."""
     status("waiting for the other processes")
     address = (os.environ.get("MASTER_ADDR"), read_environment("MASTER_PORT", 1))
-    socket.getaddrinfo(*address)  # a name that does not exist fails at once
+    socket.getaddrinfo(*address)  # fails at once if the name does not exist
     deadline = time.monotonic() + 300
     while rank:  # PyTorch would log a stack trace for every attempt
         try:
@@ -245,12 +245,12 @@ def join_processes(rank: int, world_size: int, device: torch.device) -> None:
             time.sleep(1)
     meeting = dist.rendezvous("env://", timeout=timedelta(minutes=5))
     store, _, _ = prep.begin(next, meeting).result()  # in a thread, so that Ctrl-C ends the wait
-    # Each round of restarts has its own prefix in the store; otherwise workers would find the addresses
-    # of dead ones. Not across machines, which may count restarts differently.
+    # Each restart has its own prefix in the store; otherwise workers would find the addresses of dead ones.
+    # On a single machine only, since several may count restarts differently.
     if world_size == read_environment("LOCAL_WORLD_SIZE", 0):
         store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
     backend = "nccl" if device.type == "cuda" else "gloo"
-    limit = timedelta(minutes=30)  # rank 0 may have 19 GB to write, the checkpoint of gpt2-xl
+    limit = timedelta(minutes=30)  # for rank 0 to write gpt2-xl's checkpoint of 19 GB
     device_id = device if device.type == "cuda" else None
     dist.init_process_group(backend, None, limit, world_size, rank, store, device_id=device_id)
 
@@ -258,7 +258,7 @@ def join_processes(rank: int, world_size: int, device: torch.device) -> None:
 def all_reduce(value: Tensor, how: dist.ReduceOp = dist.ReduceOp.SUM) -> Tensor:
     """Sum (or minimum) over all ranks, as float64 on the CPU. Waits for the device."""
     if value.device.type != "cuda":
-        value = value.cpu()  # gloo knows no other device, and MPS no float64
+        value = value.cpu()  # gloo supports no other device, and MPS no float64
     value = value.double()
     if dist.is_initialized():
         dist.all_reduce(value, how)
@@ -266,14 +266,14 @@ def all_reduce(value: Tensor, how: dist.ReduceOp = dist.ReduceOp.SUM) -> Tensor:
 
 
 def catch_signals(stops: list[int]) -> None:
-    """From now on, SIGTERM and SIGINT are added to `stops` instead of ending the process."""
+    """From now on, append SIGTERM and SIGINT to `stops` instead of letting them end the process."""
 
     def catch(signum: int, frame: object) -> None:
         if not stops and prep.is_main_process():
-            # Not print(), since one may be in progress.
-            os.write(2, b"\nstopping, and writing a checkpoint\n")
+            # Not print(), which the signal may have interrupted.
+            os.write(2, b"\nstopping after a last checkpoint\n")
         stops.append(signum)
-        # A second Ctrl-C ends the process. torchrun repeats signals, and does that by itself.
+        # A second Ctrl-C ends the process, but not under torchrun, which repeats signals and kills workers.
         if not dist.is_initialized():
             signal.signal(signal.SIGINT, signal.SIG_DFL)
 
@@ -286,12 +286,12 @@ def catch_signals(stops: list[int]) -> None:
 
 @lru_cache(maxsize=2)  # a batch can span two epochs
 def epoch_order(sequences: int, seed: int, epoch: int) -> np.ndarray:
-    """The order of an epoch: a permutation of range(sequences). RandomState, since NumPy never changes its streams."""
+    """The order of an epoch: a permutation of range(sequences). NumPy guarantees RandomState's streams."""
     return np.random.RandomState([seed, epoch]).permutation(sequences)
 
 
 def batch_indices(split: Split, config: TrainConfig, step: int) -> np.ndarray:
-    """The sequences of update `step`, in order: (total_batch_tokens / T,) int64, however many devices there are."""
+    """The indices of update `step`'s sequences: (total_batch_tokens / T,) int64, whatever the number of devices."""
     batch_size = config.total_batch_tokens // config.sequence_length
     position = (step - 1) * batch_size  # in the sequences of all epochs
     indices = []
@@ -303,7 +303,7 @@ def batch_indices(split: Split, config: TrainConfig, step: int) -> np.ndarray:
 
 
 def load_batch(split: Split, config: TrainConfig, size: int, process: Process, step: int) -> Tensor:
-    """This rank's part of a batch: (accumulation steps, micro-batch size, T + 1) int64 on the CPU."""
+    """This rank's part of a batch: (micro-batches, micro-batch size, T + 1) int64 on the CPU."""
     indices = batch_indices(split, config, step)
     indices = indices.reshape(-1, process.world_size, size)[:, process.rank]
     sequences = prep.read_sequences(split, indices.ravel())
@@ -311,7 +311,7 @@ def load_batch(split: Split, config: TrainConfig, size: int, process: Process, s
 
 
 def identify_shards(data: Path, splits: list[Split]) -> dict[str, str]:
-    """The identity of the data: by each shard's name, its sha256 from SHA256SUMS, or else its number of tokens."""
+    """What identifies each shard, by its name: its sha256 in SHA256SUMS or, without one, its number of tokens."""
     checksums = prep.read_checksums(data)
     shards = {}
     for split in splits:
@@ -326,7 +326,7 @@ def check_same_shards(data: Path, shards: dict[str, str], saved: dict[str, str])
         now = shards.get(name)
         then = saved.get(name)
         if "val" in name and not (now and then):
-            continue  # one of the two runs does not evaluate
+            continue  # the run does not evaluate now, or did not before
         # An earlier version took the sha256 even of shards without SHA256SUMS.
         if now != then and not (now and prep.sha256_of(data / name) == then):
             problem = f"{data / name} is not what the run was trained on"
@@ -346,7 +346,7 @@ def save_checkpoint(out: Path, model: GPT, trainer: dict, tokenizer: str, files:
         raise FloatingPointError(f"{problem}; start again with a lower --max-lr")
     part = final.with_suffix(".tmp")
     try:
-        for left in out.glob(f"step_{'[0-9]' * 6}.tmp"):  # by a crash
+        for left in out.glob(f"step_{'[0-9]' * 6}.tmp"):  # left by a crash
             prep.discard(left)
         part.mkdir(parents=True)
         gpt.save_model(model, part, tokenizer)
@@ -387,13 +387,13 @@ def prune(out: Path, newest: Path, keep: int) -> None:
     best = find_best(out)
     for old in past[:-keep] if keep else []:
         if old != best:
-            # First renamed, so that a crash leaves no half of a checkpoint under its name.
+            # Renamed first, so that a crash cannot leave half a checkpoint under its name.
             prep.discard(old.rename(old.with_suffix(".tmp")))
 
 
 def load_trainer(checkpoint: Path) -> dict[str, Any]:
     """A checkpoint's config, step, seconds (of training until then), shards (as from `identify_shards`), and the states
-    of optimizer and scaler. Settings that it lacks have their defaults. Raises ValueError when it is damaged."""
+    of optimizer and scaler. Missing settings get their defaults. Raises ValueError when it is damaged."""
     path = checkpoint / "trainer.pt"
     prep.check_checksums(checkpoint, [path.name])
     with prep.reading(path):
@@ -409,8 +409,8 @@ def load_trainer(checkpoint: Path) -> dict[str, Any]:
 
 
 def find_checkpoint(config: TrainConfig) -> Path | None:
-    """The checkpoint to resume from; None for a new run. Raises FileExistsError for a run that is not to be resumed,
-    FileNotFoundError for one whose checkpoints are all damaged."""
+    """The checkpoint to resume from; None for a new run. Raises FileExistsError if there is a run but no --resume,
+    FileNotFoundError if all its checkpoints are damaged."""
     out = Path(config.out)
     found = prep.checkpoints(out)
     begun = found or any("train_loss" in entry for entry in read_log(out))
@@ -441,8 +441,8 @@ def resumed_config(config: TrainConfig, given: dict[str, Any] | None, saved: Tra
 
 
 def read_log(out: Path) -> list[dict]:
-    """The entries of a run's metrics.jsonl, of which the first has the settings; [] without the file. A line that is
-    not JSON, such as one cut off by a crash, is left out."""
+    """The entries of a run's metrics.jsonl, the first of which holds the settings; [] without the file. A line that is
+    not JSON, such as one cut off by a crash, is skipped."""
     entries = []
     with suppress(FileNotFoundError):
         for line in (out / "metrics.jsonl").read_bytes().splitlines():
@@ -499,12 +499,12 @@ def describe_metrics(metrics: dict) -> str:
 
 
 class EvalSet(NamedTuple):
-    """Rows of tokens, the last few of each scored: sequences, or a task's context with each of its endings in turn."""
+    """Rows of tokens, of which the last few are scored: sequences, or a task's context with each of its endings."""
 
     rows: Sequence[Tensor]  # of int64
     counts: np.ndarray  # (rows,) int64: how many tokens at the end of each are scored
     labels: np.ndarray | None = None  # (tasks,) int64: the right ending
-    text_bytes: int = 0  # of the scored tokens of sequences
+    text_bytes: int = 0  # of the scored tokens, in UTF-8; 0 for tasks
 
 
 def parse_task(name: str, task: dict) -> tuple[str, list[str], int]:
@@ -528,7 +528,7 @@ def read_tasks(name: str, path: Path, tokenizer: tiktoken.Encoding, most: int) -
     labels = []
     for number, line in enumerate(path.read_bytes().splitlines()[:most], start=1):
         with prep.reading(f"{path}, line {number},"):
-            context, endings, label = parse_task(name, prep.read_object(line, "it"))
+            context, endings, label = parse_task(name, prep.read_object(line, "its JSON"))
             begin, *ends = (prep.tokenize([text], tokenizer)[1:] for text in (context, *endings))
             if not len(begin):
                 raise ValueError("its context is empty")
@@ -543,7 +543,7 @@ def read_tasks(name: str, path: Path, tokenizer: tiktoken.Encoding, most: int) -
 def open_evaluation(
     config: TrainConfig, split: Split, tokenizer: tiktoken.Encoding, block_size: int
 ) -> dict[str, EvalSet]:
-    """What an evaluation scores: the first eval_tokens of the validation split, and the sets next to the data."""
+    """What an evaluation scores: the first eval_tokens of the validation split, and the sets beside its directory."""
     T = config.sequence_length
     count = min(max(1, config.eval_tokens // T), split.sequences)
     rows = prep.read_sequences(split, np.arange(count))
@@ -567,7 +567,7 @@ def score_rows(model: GPT, data: EvalSet, process: Process, stops: Sequence[int]
     device = process.device
     longest = model.config.block_size + 1
     rows = [row[-longest:] for row in data.rows]
-    # From the longest to the shortest, so that a batch needs little padding.
+    # Longest first, so that the rows of a batch are of similar length and need little padding.
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
     batch_tokens = 8192 if device.type == "cuda" else 2048
     scores = torch.zeros(2, len(rows), device=device)
@@ -577,7 +577,7 @@ def score_rows(model: GPT, data: EvalSet, process: Process, stops: Sequence[int]
         if all_reduce(torch.full((), len(stops), device=device)) > 0:  # waits for all ranks
             return None
         size = max(1, batch_tokens // (len(rows[order[done]]) - 1))
-        share = order[done + process.rank * size :][:size]  # each rank's in turn
+        share = order[done + process.rank * size :][:size]  # the ranks take turns
         if share:
             tokens, targets = gpt.pad([rows[i] for i in share], data.counts[share].tolist())
             with gpt.evaluation_mode(model), process.autocast:
@@ -593,10 +593,10 @@ def mean_metric(name: str, values: np.ndarray) -> dict[str, float]:
 
 
 def summarize(name: str, data: EvalSet, nats: np.ndarray, hits: np.ndarray) -> dict[str, float]:
-    """The metrics of a set, from each row's summed loss and the number of its most likely targets; `..._se` is a
-    standard error over sequences or tasks. "val_loss" is in nats per token. "hellaswag_acc" is how often the right
-    ending has the smallest summed loss, "hellaswag_acc_norm" the smallest per token. "lambada_acc" is how often all
-    tokens of the last word are the most likely; its perplexity is per word."""
+    """The metrics of a set, from each row's summed loss and how many of its targets were the most likely token;
+    `..._se` is a standard error over sequences or tasks. "val_loss" is in nats per token. "hellaswag_acc" is how often
+    the right ending has the lowest summed loss, "hellaswag_acc_norm" the lowest loss per token. "lambada_acc" is how
+    often every token of the last word is the most likely; its perplexity is per word."""
     if name == "val":
         metrics = mean_metric("val_loss", nats / data.counts)
         metrics["val_perplexity"] = np.exp(metrics["val_loss"])
@@ -615,8 +615,8 @@ def summarize(name: str, data: EvalSet, nats: np.ndarray, hits: np.ndarray) -> d
 def evaluate(
     model: GPT, sets: dict[str, EvalSet], process: Process, stops: Sequence[int] = ()
 ) -> dict[str, float | None] | None:
-    """The metrics of all sets (None for one that is not finite), the same on all ranks, each of which scores its share.
-    Returns None within a batch once any rank has caught a signal."""
+    """The metrics of all sets (a metric that is not finite is None), the same on all ranks; each rank scores its share.
+    Returns None, within a batch, once any rank has caught a signal."""
     metrics = {}
     for name, data in sets.items():
         scores = score_rows(model, data, process, stops)
@@ -651,8 +651,8 @@ def build_model(config: TrainConfig, source: Path | None, tokenizer: tiktoken.En
         return GPT(replace(MODEL_SIZES[config.model], **shape))
     shape, tokenizer_name = gpt.read_config(source)
     if tokenizer_name != tokenizer.name:
-        advice = f"prepare other data with --tokenizer {tokenizer_name}"
-        raise ValueError(f"{config.data} has the tokens of {tokenizer.name}; for {source}, {advice}")
+        advice = f"prepare data with --tokenizer {tokenizer_name}"
+        raise ValueError(f"{config.data} was tokenized with {tokenizer.name}; for {source}, {advice}")
     if shape.block_size < T:
         raise ValueError(f"--sequence-length {T} exceeds {source}'s context of {shape.block_size}")
     if shape.vocab_size > tokenizer.n_vocab:
@@ -669,7 +669,7 @@ def check_ranks_agree(config: TrainConfig, step: int, shards: dict[str, str]) ->
     dist.all_gather_object(seen, (step, shards))
     if seen.count(seen[0]) < len(seen):
         problem = f"the ranks see different files in {config.out} or {config.data}"
-        raise FileNotFoundError(f"{problem}; put the first on a shared disk, and copy the second")
+        raise FileNotFoundError(f"{problem}; put the first on a shared disk, and the same data on each machine")
 
 
 def can_compile(device: torch.device) -> bool:
@@ -706,10 +706,10 @@ def pass_over_zeros(runner: Any, size: int, T: int, process: Process, sync: bool
 
 
 def find_micro_batch_size(config: TrainConfig, model: GPT, runner: Any, process: Process) -> int:
-    """The largest micro-batch of up to 2^17 tokens that fits on every rank's GPU, in sequences; on a CPU 4,096 tokens,
-    since more are no faster."""
+    """The micro-batch size, in sequences: the largest of up to 2^17 tokens that fits on every rank's GPU; on a CPU, of
+    up to 4,096 tokens, since more is no faster."""
     T = config.sequence_length
-    share = config.total_batch_tokens // T // process.world_size  # this rank's, in an update
+    share = config.total_batch_tokens // T // process.world_size  # of this rank, in sequences per update
     on_gpu = process.device.type == "cuda"
     most = 4096
     if on_gpu:
@@ -726,10 +726,10 @@ def find_micro_batch_size(config: TrainConfig, model: GPT, runner: Any, process:
 
 
 def fits(model: GPT, runner: Any, size: int, T: int, process: Process) -> bool:
-    """Whether a GPU has room for a pass over `size` sequences, beside the two moments of the optimizer and the
-    gradients accumulated before."""
+    """Whether a GPU has room for a pass over `size` sequences, besides the optimizer's two moments and the accumulated
+    gradients."""
     status(f"trying micro-batches of {size}")
-    torch.cuda.set_per_process_memory_fraction(0.9)  # the rest is for evaluation, samples and gaps
+    torch.cuda.set_per_process_memory_fraction(0.9)  # the rest is for evaluation, samples and fragmentation
     try:
         reserved = torch.empty(3 * gpt.parameter_count(model), device=process.device)
         pass_over_zeros(runner, size, T, process, sync=False)
@@ -749,7 +749,7 @@ def check_finite(step: int, loss: float, norm: float, scaler: torch.amp.GradScal
     if math.isfinite(loss) and (math.isfinite(norm) or scaler.get_scale() > 1):
         return
     good = f"restart from step {saved} (--init-from)" if saved else "start over"
-    problem = f"step {step}: loss {loss}, norm {norm}, update not applied"
+    problem = f"step {step}: loss {loss}, gradient norm {norm}; the update was not applied"
     raise FloatingPointError(f"{problem}; {good} with a lower --max-lr")
 
 
@@ -804,7 +804,7 @@ def train(config: TrainConfig, given: dict[str, Any] | None = None) -> int:
     tokenizer = prep.get_tokenizer(prep.read_meta(data)["tokenizer"])
     if batch_tokens > T * split.sequences:
         usable = f"{data} has only {T * split.sequences:,} usable tokens"
-        raise ValueError(f"{usable}; use --preset book, or fewer --total-batch-tokens")
+        raise ValueError(f"{usable}; use --preset book, or a smaller --total-batch-tokens")
     val_split = prep.open_split(data, "val", T) if config.eval_every else None
     shards = identify_shards(data, [split, val_split] if val_split else [split])
     if checkpoint:
@@ -846,8 +846,8 @@ def train(config: TrainConfig, given: dict[str, Any] | None = None) -> int:
     passes = batch_tokens // (size * T * process.world_size)
     say(f"{'resumed' if checkpoint else 'started'} from {source or 'scratch'}")
     say(f"{gpt.parameter_count(model):,} parameters, {device.type}, {precision}")
-    say(f"{tokens:,} training tokens; {config.steps:,} updates of {batch_tokens:,}: {epochs:,.2f} epochs")
-    say(f"an update: {passes} passes x {process.world_size} ranks x {size} sequences x {T} tokens")
+    say(f"{tokens:,} training tokens; {config.steps:,} updates of {batch_tokens:,}, or {epochs:,.2f} epochs")
+    say(f"an update: {passes} micro-batches x {process.world_size} ranks x {size} sequences x {T} tokens")
 
     # What the loop does now and then
     sets = {}
@@ -873,7 +873,7 @@ def train(config: TrainConfig, given: dict[str, Any] | None = None) -> int:
         say(f"{line}  {timedelta(seconds=int((config.steps - step) * dt))}")
 
     def log_evaluation(step: int) -> bool:
-        """Evaluate and log, on all ranks. True if a signal on any of them has ended it, and nothing is logged."""
+        """Evaluate on all ranks, and log. Returns True, and logs nothing, if a signal on any rank ended it."""
         metrics = evaluate(model, sets, process, stops)
         if metrics is None:
             return True
@@ -903,7 +903,7 @@ def train(config: TrainConfig, given: dict[str, Any] | None = None) -> int:
         if stop:
             break
         began = time.perf_counter()
-        batch = next(batches).to(device)  # (passes, sequences, T + 1)
+        batch = next(batches).to(device)  # (micro-batches, sequences, T + 1)
         lr = learning_rate(step, config)
         for group in optimizer.param_groups:
             group["lr"] = lr
@@ -913,7 +913,7 @@ def train(config: TrainConfig, given: dict[str, Any] | None = None) -> int:
         loss = torch.zeros((), device=device)
         for i, sequences in enumerate(batch):
             status(f"step {step} of {config.steps}, {i / len(batch):.0%}")
-            # Gradients are exchanged in the last pass only, by the flag that no_sync() sets.
+            # Exchange gradients after the last micro-batch only; no_sync() sets this flag.
             if process.world_size > 1:
                 runner.require_backward_grad_sync = i + 1 == len(batch)
             tokens = sequences[:, :-1].contiguous()
@@ -970,7 +970,7 @@ def main(argv: list[str] | None = None) -> None:
     run = evaluate_only if config.eval_only else train
     advice = "leave --micro-batch-size out, or choose a smaller --model or --sequence-length"
     lock = nullcontext()
-    if prep.is_main_process() and not config.eval_only:  # the first process, for all
+    if prep.is_main_process() and not config.eval_only:  # on behalf of all ranks
         lock = prep.locked(Path(config.out))
     with prep.one_line_errors("train.py", advice), lock:
         code = run(config, given)
