@@ -91,13 +91,14 @@ def tokenizer_files(name: str, block_size: int) -> dict:
         vocab = read_file_cached(f"{GPT2_ENCODING}/encoder.json")
         merges = read_file_cached(f"{GPT2_ENCODING}/vocab.bpe")
     else:
-        # GPT-2 spells bytes as characters: the printable ones as in Latin-1, the others from chr(256) on.
+        # GPT-2 spells bytes as characters: printable ones as in Latin-1, the others from chr(256) on.
         others = [*range(33), *range(127, 161), 173]
         spelling = {byte: 256 + i for i, byte in enumerate(others)}
         characters = [chr(spelling.get(byte, byte)) for byte in range(256)]
         vocab = json.dumps({text: i for i, text in enumerate([*characters, END_OF_TEXT])}).encode()
         merges = b"#version: 0.2\n"
-    return {"vocab.json": vocab, "merges.txt": merges, "tokenizer_config.json": json.dumps(config).encode()}
+    config = json.dumps(config).encode()
+    return {"vocab.json": vocab, "merges.txt": merges, "tokenizer_config.json": config}
 
 
 # Documents
@@ -160,7 +161,8 @@ def read_texts(path: Path) -> Iterator:
             if not isinstance(text, str | None):
                 raise ValueError('each document needs a string in the field "text"')
             text = text or ""
-            check_size(len(text.encode()))  # fails for half a surrogate pair, which JSON can contain
+            # encode() fails for half a surrogate pair, which JSON can contain.
+            check_size(len(text.encode()))
             yield text
             line += 1
             separators += text.count(END_OF_TEXT)
@@ -189,7 +191,8 @@ def cut_white_space(text: str) -> list[str]:
     """Cut a text into parts that together have its tokens. tiktoken's regular expression overflows its stack on a few
     hundred thousand spaces in a row, so each long run is cut before its last character, where GPT-2's pattern splits
     anyway; a run that ends the text is left whole, since the pattern does not split it."""
-    spaces = re.compile(r"[^\S\x1c-\x1f]*")  # \x1c to \x1f are white space to Python, but not to Rust
+    # \x1c to \x1f are white space to Python, but not to Rust.
+    spaces = re.compile(r"[^\S\x1c-\x1f]*")
     cuts = [0]
     position = 0
     # Looking once every 1,000 characters finds every run of 2,000.
@@ -229,7 +232,7 @@ def get(url: str, first: int = 0) -> requests.Response:
     ValueError, without quoting it, for an HF_ENDPOINT that is not an address or contains a password."""
     hub = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
     if not re.fullmatch(r"https?://[^/@\s]+(/[^@\s]*)?", hub):
-        raise ValueError("HF_ENDPOINT must be an address like https://huggingface.co, without a password")
+        raise ValueError("HF_ENDPOINT must be like https://huggingface.co, without a password")
     if url.startswith("/"):
         url = hub + url
     headers = {"Accept-Encoding": "identity"}
@@ -395,7 +398,8 @@ def read_meta(directory: Path) -> dict:
     path = directory / "meta.json"
     if not directory.is_dir():
         raise FileNotFoundError(f"{directory} does not exist; run prepare_data.py first")
-    if path.name not in read_checksums(directory):  # SHA256SUMS lists it once the directory is complete
+    # SHA256SUMS lists meta.json once the directory is complete.
+    if path.name not in read_checksums(directory):
         if path.exists():
             raise ValueError(f"{directory} is incomplete; run its prepare_data.py command again")
         return {"tokenizer": "gpt2", "vocab_size": VOCAB_SIZES["gpt2"]}
@@ -593,7 +597,7 @@ def check_unchanged(out: Path, meta: dict, files: list) -> None:
             continue
         now = os.stat(file.name)
         if (now.st_size, now.st_mtime_ns) != (before.size, before.modified):
-            # For good, even if the file and its time are restored: some shards may be of the changed text.
+            # For good, even if the file is restored: some shards may be of the changed text.
             meta["files"] = [other._replace(modified=-1) for other in meta["files"]]
             write_meta(out, meta)
             problem = f"{file.name} has changed since its preparation began"
@@ -774,7 +778,8 @@ def one_line_errors(script: str, memory_advice: str) -> Iterator:
         elif isinstance(error, RuntimeError):
             raise
         status("")
-        sys.stderr.write(f"{script}: error: {problem}\n")  # in one write, since other ranks write too
+        # In one write, since other ranks write too.
+        sys.stderr.write(f"{script}: error: {problem}\n")
         sys.exit(1)
 
 
@@ -802,6 +807,12 @@ def status(text: str) -> None:
     if sys.stderr.isatty() and is_main_process():
         line = printable(text)[: shutil.get_terminal_size().columns - 1]
         print(f"\r{line}\x1b[K", end="", file=sys.stderr, flush=True)
+
+
+def new_parser(doc: str) -> argparse.ArgumentParser:
+    """A parser that reports errors in one line, and describes a script by the first line of its docstring."""
+    description = doc.splitlines()[1]
+    return argparse.ArgumentParser(usage=argparse.SUPPRESS, allow_abbrev=False, description=description)
 
 
 def number(kind: type, least: float, most: float) -> Callable:
@@ -862,14 +873,6 @@ def locked(directory: Path, wait: bool = False) -> Iterator:
         except OSError as error:  # a network file system without locks
             say(f"warning: {directory} cannot be locked ({error}); let only one run write to it", sys.stderr)
         yield
-
-
-def discard(path: Path) -> None:
-    """Remove a file or a directory, if it is there."""
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
 
 
 def synchronize(path: Path) -> None:
@@ -995,12 +998,11 @@ def prepare_source(source: str | None, args: argparse.Namespace) -> None:
 
 
 def main(argv: list | None = None) -> None:
-    description = __doc__.splitlines()[1]
-    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, allow_abbrev=False, description=description)
+    parser = new_parser(__doc__)
     add = parser.add_argument
     origin = parser.add_mutually_exclusive_group()
     amount = number(int, 1, 10**15)
-    origin.add_argument("--source", choices=SOURCES, help="what to prepare (default: fineweb-edu and evaluation sets)")
+    origin.add_argument("--source", choices=SOURCES, help="what to prepare (default: fineweb-edu, evaluation sets)")
     origin.add_argument("--input", nargs="+", metavar="FILE", help="your own text: " + ", ".join(READERS))
     add("--subset", default="sample-10BT", help="sample or dump of FineWeb (default: sample-10BT)")
     add("--out", help="output directory (default: data/NAME); without --source, of FineWeb-Edu")

@@ -126,7 +126,7 @@ def sample(args: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, allow_abbrev=False, description=__doc__.splitlines()[1])
+    parser = prep.new_parser(__doc__)
     add = parser.add_argument
     number = prep.number
     add(

@@ -16,6 +16,7 @@ import json
 import math
 import os
 import shlex
+import shutil
 import signal
 import socket
 import sys
@@ -245,7 +246,7 @@ def join_processes(rank: int, world_size: int, device: torch.device) -> None:
             time.sleep(1)
     meeting = dist.rendezvous("env://", timeout=timedelta(minutes=5))
     store, _, _ = prep.begin(next, meeting).result()  # in a thread, so that Ctrl-C ends the wait
-    # Each restart has its own prefix in the store; otherwise workers would find the addresses of dead ones.
+    # Each restart has its own prefix in the store; otherwise workers would find the addresses of the dead.
     # On a single machine only, since several may count restarts differently.
     if world_size == read_environment("LOCAL_WORLD_SIZE", 0):
         store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
@@ -273,7 +274,7 @@ def catch_signals(stops: list[int]) -> None:
             # Not print(), which the signal may have interrupted.
             os.write(2, b"\nstopping after a last checkpoint\n")
         stops.append(signum)
-        # A second Ctrl-C ends the process, but not under torchrun, which repeats signals and kills workers.
+        # A second Ctrl-C ends the process, but not under torchrun, which itself repeats signals.
         if not dist.is_initialized():
             signal.signal(signal.SIGINT, signal.SIG_DFL)
 
@@ -347,7 +348,7 @@ def save_checkpoint(out: Path, model: GPT, trainer: dict, tokenizer: str, files:
     part = final.with_suffix(".tmp")
     try:
         for left in out.glob(f"step_{'[0-9]' * 6}.tmp"):  # left by a crash
-            prep.discard(left)
+            shutil.rmtree(left)
         part.mkdir(parents=True)
         gpt.save_model(model, part, tokenizer)
         for name, content in files.items():
@@ -358,11 +359,11 @@ def save_checkpoint(out: Path, model: GPT, trainer: dict, tokenizer: str, files:
         for path in (*out.glob("metrics.jsonl"), *part.iterdir(), part):
             prep.synchronize(path)
     except (OSError, RuntimeError, SafetensorError) as error:
-        prep.discard(part)
+        shutil.rmtree(part, ignore_errors=True)
         problem = f"{final} could not be written: {error}"
         raise OSError(f"{problem}; fix that and continue with --resume") from error
     if final in prep.checkpoints(out):  # a damaged one that was skipped
-        prep.discard(final)
+        shutil.rmtree(final)
     elif final.exists():  # something else with its name
         final.rename(final.with_suffix(".replaced"))
     part.rename(final)
@@ -388,7 +389,7 @@ def prune(out: Path, newest: Path, keep: int) -> None:
     for old in past[:-keep] if keep else []:
         if old != best:
             # Renamed first, so that a crash cannot leave half a checkpoint under its name.
-            prep.discard(old.rename(old.with_suffix(".tmp")))
+            shutil.rmtree(old.rename(old.with_suffix(".tmp")))
 
 
 def load_trainer(checkpoint: Path) -> dict[str, Any]:
@@ -709,12 +710,13 @@ def find_micro_batch_size(config: TrainConfig, model: GPT, runner: Any, process:
     """The micro-batch size, in sequences: the largest of up to 2^17 tokens that fits on every rank's GPU; on a CPU, of
     up to 4,096 tokens, since more is no faster."""
     T = config.sequence_length
-    share = config.total_batch_tokens // T // process.world_size  # of this rank, in sequences per update
+    share = config.total_batch_tokens // T // process.world_size  # this rank's sequences in an update
     on_gpu = process.device.type == "cuda"
     most = 4096
     if on_gpu:
-        # Per parameter, a gradient, another to add to it, and two moments. Per token, a compiled pass keeps the logits
-        # and some 16 n_embd numbers a layer: 54 GB in all for 2^17 tokens of gpt2 (measured on an H100).
+        # Each parameter needs a gradient, another to add to it, and two moments. Of each token, a
+        # compiled pass keeps the logits and about 16 n_embd numbers per layer (measured on an H100:
+        # 54 GB in all for 2^17 tokens of gpt2).
         free = torch.cuda.mem_get_info()[0] - 16 * gpt.parameter_count(model)
         shape = model.config
         kept = process.dtype.itemsize * (shape.vocab_size + 16 * shape.n_embd * shape.n_layer)
@@ -729,7 +731,8 @@ def fits(model: GPT, runner: Any, size: int, T: int, process: Process) -> bool:
     """Whether a GPU has room for a pass over `size` sequences, besides the optimizer's two moments and the accumulated
     gradients."""
     status(f"trying micro-batches of {size}")
-    torch.cuda.set_per_process_memory_fraction(0.9)  # the rest is for evaluation, samples and fragmentation
+    # The rest is for evaluation, samples and fragmentation.
+    torch.cuda.set_per_process_memory_fraction(0.9)
     try:
         reserved = torch.empty(3 * gpt.parameter_count(model), device=process.device)
         pass_over_zeros(runner, size, T, process, sync=False)
@@ -822,8 +825,8 @@ def train(config: TrainConfig, given: dict[str, Any] | None = None) -> int:
     runner = wrap_model(model, compiled, process)
     size = config.micro_batch_size or find_micro_batch_size(config, model, runner, process)
     if runner is not model:
-        # Compilation stays out of the first update, and DistributedDataParallel settles its order of summation, so that
-        # a resumed run adds gradients in the same order.
+        # Compilation stays out of the first update, and DistributedDataParallel settles its order of
+        # summation, so that a resumed run adds gradients in the same order.
         status("compiling" if compiled else "connecting")
         pass_over_zeros(runner, size, T, process, sync=True)
 
@@ -958,8 +961,7 @@ def train(config: TrainConfig, given: dict[str, Any] | None = None) -> int:
 
 
 def main(argv: list[str] | None = None) -> None:
-    description = __doc__.splitlines()[1]
-    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, allow_abbrev=False, description=description)
+    parser = prep.new_parser(__doc__)
     config, given = parse_args(parser, argv)
     try:
         if not (config.resume or config.eval_only):  # else the checkpoint has most of the settings
