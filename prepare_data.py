@@ -607,16 +607,15 @@ def check_unchanged(out: Path, meta: dict, files: list) -> None:
 def choose_val_tokens(batches: Iterator, meta: dict) -> Iterator:
     """Set meta["val_tokens"] to 100M for the hub's corpora, and to a tenth of the first 10M tokens for others, whose
     batches are read ahead. Returns the same batches."""
-    most = meta["max_tokens"] or sys.maxsize
+    sample = min(meta["max_tokens"] or sys.maxsize, 10**9)
     ahead = []
-    if meta["subset"]:
-        sample = min(most, 10**9)
-    else:
+    if not meta["subset"]:
+        most = min(sample, 10**7)
         sample = 0
         for batch in batches:
             ahead.append(batch)
-            sample = min(sample + len(batch[1]), most, 10**7)
-            if sample == 10**7:
+            sample = min(sample + len(batch[1]), most)
+            if sample == most:
                 break
     meta["val_tokens"] = max(1, sample // 10)
     return itertools.chain(ahead, batches)
@@ -693,10 +692,13 @@ def is_checkpoint(directory: Path) -> bool:
     import torch  # slow to import, and not needed to prepare data
 
     path = directory / "trainer.pt"
-    with suppress(Exception):  # a damaged checkpoint is one
-        trainer = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        return trainer["step"] == int(directory.name[5:])
-    return path.exists()
+    trainer = None
+    if path.is_file():
+        with suppress(Exception):
+            trainer = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    if isinstance(trainer, dict):
+        return trainer.get("step") == int(directory.name[5:])
+    return (directory / "SHA256SUMS").exists()  # damaged
 
 
 def newest_checkpoint(run: Path) -> Path | None:

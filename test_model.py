@@ -1438,12 +1438,17 @@ def test_what_is_not_a_checkpoint_is_left_alone(data: Path, tmp_path: Path) -> N
     for directory in mine:
         directory.mkdir()
         (directory / "notes.txt").write_text("mine")
+    torch.save({"epoch": 3}, mine[2] / "trainer.pt")
+    linked = tmp_path / "step_000002"
+    linked.rename(tmp_path / "elsewhere")
+    linked.symlink_to(tmp_path / "elsewhere")
     assert prepare_data.model_directory(tmp_path) == fourth
     run_train(data, tmp_path, **changes | {"keep_checkpoints": 1}, resume=True)
     left = {path.name for path in tmp_path.glob("step_*")}
-    others = {"step_000001", "step_000050", "step_000006.replaced"}
+    (replaced,) = tmp_path.glob("step_000006.replaced_*")
+    others = {"step_000001", "step_000002", "step_000050", replaced.name}
     assert left == others | {directory.name for directory in mine}
-    assert (tmp_path / "step_000006.replaced" / "notes.txt").read_text() == "mine"
+    assert (replaced / "notes.txt").read_text() == "mine"
 
 
 def test_law_7_a_run_has_one_writer(data: Path, tmp_path: Path, capsys: Capture) -> None:
@@ -1478,6 +1483,7 @@ def blank_digest(path: Path) -> None:
     [
         ("model.safetensors", flip),
         ("trainer.pt", flip),
+        ("trainer.pt", Path.unlink),
         ("config.json", flip),
         ("vocab.json", lambda path: path.unlink() or os.mkfifo(path)),
         ("SHA256SUMS", lambda path: os.truncate(path, 0)),

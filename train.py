@@ -364,8 +364,8 @@ def save_checkpoint(out: Path, model: GPT, trainer: dict, tokenizer: str, files:
         raise OSError(f"{problem}; fix that and continue with --resume") from error
     if final in prep.checkpoints(out):  # a damaged one that was skipped
         shutil.rmtree(final)
-    elif final.exists():  # something else with its name
-        final.rename(final.with_suffix(".replaced"))
+    elif os.path.lexists(final):  # something else with its name
+        final.rename(f"{final}.replaced_{time.time_ns()}")
     part.rename(final)
     prep.synchronize(out)
     return final
@@ -387,7 +387,7 @@ def prune(out: Path, newest: Path, keep: int) -> None:
     past = found[: found.index(newest) + 1]  # a later one is damaged and was skipped
     best = find_best(out)
     for old in past[:-keep] if keep else []:
-        if old != best:
+        if old != best and not old.is_symlink():
             # Renamed first, so that a crash cannot leave half a checkpoint under its name.
             shutil.rmtree(old.rename(old.with_suffix(".tmp")))
 
