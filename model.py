@@ -64,7 +64,6 @@ MODEL_SIZES = {
 }
 
 LAYER_NORM_EPS = 1e-5
-KV = tuple[Tensor, Tensor]  # one layer's cached keys and values, (B, nh, block_size, hs) each
 
 
 @cache
@@ -102,22 +101,18 @@ class CausalSelfAttention(nn.Module):
         self.c_proj = Linear(config.n_embd, config.n_embd)
         self.resid_dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, cache: KV | None = None, start: int = 0) -> Tensor:
-        """(B, T, C) to (B, T, C). With a `cache`, x begins at position `start`, and the cache holds all before it."""
+    def forward(self, x: Tensor, cache: Tensor | None = None, start: int = 0) -> Tensor:
+        """(B, T, C) to (B, T, C). With a `cache` of keys and values, (2, B, nh, block_size, hs), x begins at position
+        `start`, and the cache holds all before it."""
         B, T, C = x.shape
         nh = self.n_head
         hs = C // nh
-        q, k, v = self.c_attn(x).split(C, dim=2)
-        q = q.view(B, T, nh, hs).transpose(1, 2)  # (B, nh, T, hs)
-        k = k.view(B, T, nh, hs).transpose(1, 2)
-        v = v.view(B, T, nh, hs).transpose(1, 2)
+        qkv = self.c_attn(x).view(B, T, 3 * nh, hs).transpose(1, 2)
+        q, k, v = qkv.split(nh, dim=1)  # (B, nh, T, hs) each
         if cache is not None:
             end = start + T
-            keys, values = cache
-            keys[:, :, start:end] = k
-            values[:, :, start:end] = v
-            k = keys[:, :, :end]
-            v = values[:, :, :end]
+            cache[..., start:end, :] = torch.stack((k, v))
+            k, v = cache[..., :end, :]
         dropout = self.dropout if self.training else 0.0
         # Flash attention where the device has it. A single new token attends to everything cached, without a mask.
         y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=T > 1)  # (B, nh, T, hs)
@@ -146,7 +141,7 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd, eps=LAYER_NORM_EPS)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, cache: KV | None = None, start: int = 0) -> Tensor:
+    def forward(self, x: Tensor, cache: Tensor | None = None, start: int = 0) -> Tensor:
         x = x + self.attn(self.ln_1(x), cache, start)
         return x + self.mlp(self.ln_2(x))
 
@@ -180,9 +175,9 @@ class GPT(nn.Module):
             for projection in (module.attn.c_proj, module.mlp.c_proj):
                 nn.init.normal_(projection.weight, std=0.02 / math.sqrt(2 * self.config.n_layer))
 
-    def hidden(self, tokens: Tensor, cache: list[KV] | None = None, start: int = 0) -> Tensor:
-        """(B, T) tokens to (B, T, C), after the final LayerNorm. With a `cache`, one pair per layer, the tokens begin
-        at position `start`, and T must be 1 unless `start` is 0. Raises ValueError past the context."""
+    def hidden(self, tokens: Tensor, cache: Tensor | None = None, start: int = 0) -> Tensor:
+        """(B, T) tokens to (B, T, C), after the final LayerNorm. With a `cache`, (n_layer, 2, B, nh, block_size, hs),
+        the tokens begin at position `start`; unless that is 0, T must be 1. Raises ValueError past the context."""
         end = start + tokens.size(1)
         if end > self.config.block_size:
             raise ValueError(f"{end} tokens exceed the model's context of {self.config.block_size}")
@@ -193,7 +188,7 @@ class GPT(nn.Module):
             # As in llm.c: half the memory traffic of float32, with no measurable difference in the loss.
             x = x.to(torch.get_autocast_dtype(device))
         for i, block in enumerate(self.transformer.h):
-            x = block(x, cache[i] if cache else None, start)
+            x = block(x, None if cache is None else cache[i], start)
         return self.transformer.ln_f(x)
 
     def logits(self, x: Tensor) -> Tensor:
@@ -494,14 +489,6 @@ def sample_token(
     return tokens.gather(-1, drawn).squeeze(-1)
 
 
-def empty_cache(model: GPT, batch_size: int) -> list[KV]:
-    """Room for the keys and values of a whole context, in each layer."""
-    config = model.config
-    shape = (batch_size, config.n_head, config.block_size, config.n_embd // config.n_head)
-    weight = model.transformer.wte.weight
-    return [(weight.new_zeros(shape), weight.new_zeros(shape)) for _ in range(config.n_layer)]
-
-
 @torch.inference_mode()
 def generate(
     model: GPT,
@@ -518,10 +505,13 @@ def generate(
     generation ends when every row has. `generator` must be on the model's device. The model should be in eval mode.
     Raises ValueError for an empty prompt, or one longer than the context."""
     B, T = tokens.shape
-    block_size = model.config.block_size
+    config = model.config
+    block_size = config.block_size
     if not 1 <= T <= block_size:
         raise ValueError(f"a prompt must have 1 to {block_size} tokens (the context), not {T}")
-    cache = empty_cache(model, B)
+    # Room for the keys and values of a whole context, in each layer
+    shape = (config.n_layer, 2, B, config.n_head, block_size, config.n_embd // config.n_head)
+    cache = model.transformer.wte.weight.new_zeros(shape)
     finished = torch.zeros(B, dtype=torch.bool, device=tokens.device)
     context = tokens
     start = 0  # how many tokens of the context are cached
