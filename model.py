@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 if not hasattr(nn, "LinearCrossEntropyOptions"):
     raise ImportError(f"PyTorch 2.13 is needed; this is {torch.__version__}")
@@ -74,13 +75,13 @@ def is_intel_cpu() -> bool:
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`F.linear`, (..., in) to (..., out), but nearly twice as fast for the few rows of text generation on CPUs other
     than Intel's, where MKL already multiplies a single row as fast as memory allows."""
-    rows = x.numel() // x.size(-1)
-    on_cpu = x.device.type == "cpu" and x.dtype == torch.float32
+    flat = x.flatten(0, -2)
+    rows = len(flat)
+    on_cpu = x.is_cpu and x.dtype == torch.float32
     if torch.is_grad_enabled() or rows > 8 or not on_cpu or (rows == 1 and is_intel_cpu()):
         return F.linear(x, weight, bias)
     # W x^T reads the weights in the order in which they lie in memory. A single row is doubled,
     # since BLAS may run a matrix-vector product on one thread only.
-    flat = x.reshape(rows, -1)
     if rows == 1:
         flat = flat.repeat(2, 1)
     y = weight @ flat.t() if bias is None else torch.addmm(bias[:, None], weight, flat.t())  # (out, rows)
@@ -155,12 +156,14 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         padded_vocab_size = math.ceil(config.vocab_size / 128) * 128
-        self.transformer = nn.ModuleDict()
-        self.transformer["wte"] = nn.Embedding(padded_vocab_size, config.n_embd)
-        self.transformer["wpe"] = nn.Embedding(config.block_size, config.n_embd)
-        self.transformer["drop"] = nn.Dropout(config.dropout)
-        self.transformer["h"] = nn.ModuleList(Block(config) for _ in range(config.n_layer))
-        self.transformer["ln_f"] = nn.LayerNorm(config.n_embd, eps=LAYER_NORM_EPS)
+        layers = {
+            "wte": nn.Embedding(padded_vocab_size, config.n_embd),
+            "wpe": nn.Embedding(config.block_size, config.n_embd),
+            "drop": nn.Dropout(config.dropout),
+            "h": nn.ModuleList(Block(config) for _ in range(config.n_layer)),
+            "ln_f": nn.LayerNorm(config.n_embd, eps=LAYER_NORM_EPS),
+        }
+        self.transformer = nn.ModuleDict(layers)
         self.apply(self._init_weights)
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -231,12 +234,10 @@ class GPT(nn.Module):
 def pad(rows: list[Tensor], counts: list[int]) -> tuple[Tensor, Tensor]:
     """Pad int64 rows of different lengths, whose last `counts` tokens are to be scored, to the (B, T) tokens and
     targets that `GPT.score` takes."""
-    tokens = torch.zeros(len(rows), max(map(len, rows)) - 1, dtype=torch.int64)
-    targets = torch.full_like(tokens, -1)
-    for i, (row, count) in enumerate(zip(rows, counts, strict=True)):
-        end = len(row) - 1
-        tokens[i, :end] = row[:-1]
-        targets[i, end - count : end] = row[-count:]
+    tokens = pad_sequence([row[:-1] for row in rows], batch_first=True)
+    targets = pad_sequence([row[1:] for row in rows], batch_first=True, padding_value=-1)
+    for i, count in enumerate(counts):
+        targets[i, : len(rows[i]) - 1 - count] = -1  # the context
     return tokens, targets
 
 
@@ -357,7 +358,7 @@ PEAK_FLOPS = {
 
 # A model is a directory
 
-TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")  # (in, out) in files
+TRANSPOSED = ("c_attn.weight", "c_fc.weight", "c_proj.weight")  # (in, out) in files
 # What a config.json may say besides the sizes. Any other value would mean a computation other than GPT-2's.
 GPT2_SETTINGS = {
     "model_type": "gpt2",
@@ -454,7 +455,7 @@ def load_model(directory: str | Path, dropout: float = 0.0, vocab_size: int | No
             model = GPT(replace(config, dropout=dropout, vocab_size=vocab_size))
         model.load_state_dict(state, assign=True)
     except (SafetensorError, RuntimeError, ValueError) as error:
-        problem = " ".join(str(error).split())[:300]  # PyTorch may list every tensor
+        problem = str(error)[:300]  # PyTorch may list every tensor
         raise ValueError(f"{path} is damaged, or does not match config.json: {problem}") from error
     return model.requires_grad_(True).eval()
 
@@ -498,12 +499,12 @@ def generate(
     top_k: int | None = None,
     top_p: float | None = None,
     generator: torch.Generator | None = None,
-    stop_token: int | None = None,
+    stop_token: int = -1,
 ) -> Iterator[Tensor]:
     """Continue prompts of equal length: from (B, T) tokens, yield the next (B,) int64 up to `max_new_tokens` times.
-    When the context is full, its second half becomes the new context. A row that has drawn `stop_token` repeats it, and
-    generation ends when every row has. `generator` must be on the model's device. The model should be in eval mode.
-    Raises ValueError for an empty prompt, or one longer than the context."""
+    When the context is full, its second half becomes the new context. A row that has drawn `stop_token` (-1: none)
+    repeats it, and generation ends when every row has. `generator` must be on the model's device. The model should be
+    in eval mode. Raises ValueError for an empty prompt, or one longer than the context."""
     B, T = tokens.shape
     config = model.config
     block_size = config.block_size
@@ -519,11 +520,10 @@ def generate(
         x = model.hidden(context[:, start:], cache, start)
         logits = model.logits(x[:, -1])
         token = sample_token(logits, temperature, top_k, top_p, generator)
-        if stop_token is not None:
-            token = token.masked_fill(finished, stop_token)
-            finished |= token == stop_token
+        token = token.masked_fill(finished, stop_token)
+        finished |= token == stop_token
         yield token
-        if stop_token is not None and finished.all():
+        if finished.all():
             return
         start = context.size(1)
         if start == block_size:  # full: keep its second half, and read that again from position 0
