@@ -109,11 +109,10 @@ class TrainConfig:
 
 # What a resumed run may change. A change of any other setting would make it another run.
 MAY_CHANGE = {
-    *("data", "out", "resume", "init_from", "eval_only"),
-    *("micro_batch_size", "dtype", "compile", "device", "zero"),
-    *("eval_every", "eval_tokens", "eval_tasks", "sample_every"),
-    *("log_every", "tensorboard", "checkpoint_every", "keep_checkpoints"),
-}
+    "data", "out", "resume", "init_from", "eval_only", "micro_batch_size", "dtype", "compile", "device", "zero",
+    "eval_every", "eval_tokens", "eval_tasks", "sample_every", "log_every", "tensorboard", "checkpoint_every",
+    "keep_checkpoints",
+}  # fmt: skip
 
 BOOK = TrainConfig(  # for a single book: a few minutes on a laptop
     data="data/mine",
@@ -133,8 +132,9 @@ BOOK = TrainConfig(  # for a single book: a few minutes on a laptop
 PRESETS = {"gpt2": TrainConfig(), "book": BOOK, "demo": replace(BOOK, data="data/demo", steps=1400)}
 
 
-def parse_args(parser: argparse.ArgumentParser, argv: list[str] | None) -> tuple[TrainConfig, dict[str, Any]]:
-    """Parse the command line, an option for each field. Returns all settings, and the ones given explicitly."""
+def parse_args(parser: argparse.ArgumentParser, argv: list[str] | None) -> tuple[TrainConfig, dict]:
+    """Parse the command line, an option for each field. Returns all settings, and the ones given explicitly, to which
+    --out is added."""
     add = parser.add_argument
     add("--preset", default="gpt2", choices=PRESETS, help="settings to start from; other options override them")
     for item in fields(TrainConfig):
@@ -150,7 +150,8 @@ def parse_args(parser: argparse.ArgumentParser, argv: list[str] | None) -> tuple
     name = Path(config.data).resolve().name
     if config.eval_only and "data" not in given:
         name = ""  # the newest of all runs, as in sample.py
-    return replace(config, out=config.out or str(Path("out") / name)), given
+    given["out"] = config.out or str(Path("out") / name)
+    return replace(config, **given), given
 
 
 def check_config(config: TrainConfig) -> None:
@@ -423,19 +424,17 @@ def find_checkpoint(config: TrainConfig) -> Path | None:
     return newest
 
 
-def resumed_config(config: TrainConfig, given: dict[str, Any] | None, saved: TrainConfig, source: Path) -> TrainConfig:
-    """A checkpoint's settings, overridden by those `given` (None: by all of `config`). Raises ValueError if that would
-    change what is computed."""
-    given = asdict(config) if given is None else given
+def resumed_config(saved: TrainConfig, given: dict, checkpoint: Path) -> TrainConfig:
+    """A checkpoint's settings, overridden by those `given`. Raises ValueError if that would change what is computed."""
     changes = []
     for name in sorted(given.keys() - MAY_CHANGE):
         then = getattr(saved, name)
         if given[name] != then:
             changes.append(f"--{name.replace('_', '-')} was {then} and is now {given[name]}")
-    if changes and not config.eval_only:
-        problem = f"cannot resume {source} with different settings: {'; '.join(changes)}"
-        raise ValueError(f"{problem}; start a new run with --init-from {source} and another --out")
-    return replace(saved, **given | {"out": config.out, "resume": config.resume})
+    if changes:
+        problem = f"cannot resume {checkpoint} with different settings: {'; '.join(changes)}"
+        raise ValueError(f"{problem}; start a new run with --init-from {checkpoint} and another --out")
+    return replace(saved, **given)
 
 
 # The log
@@ -756,13 +755,12 @@ def check_finite(step: int, loss: float, norm: float, scaler: torch.amp.GradScal
     raise FloatingPointError(f"{problem}; {good} with a lower --max-lr")
 
 
-def evaluate_only(config: TrainConfig, given: dict[str, Any] | None = None) -> int:
+def evaluate_only(config: TrainConfig, given: dict) -> int:
     """Evaluate --init-from or the newest checkpoint, and print the metrics as a table and, last, as a line of JSON. A
-    checkpoint is evaluated with its own settings, except for those in `given` (None: with those of `config`)."""
+    checkpoint is evaluated with its own settings, except for those in `given`."""
     source = prep.model_directory(config.init_from or config.out)
     if (source / "trainer.pt").exists():
-        saved = load_trainer(source)["config"]
-        config = resumed_config(config, given, saved, source)
+        config = replace(load_trainer(source)["config"], **given)
     status(f"reading {source}")
     data = Path(config.data)
     split = prep.open_split(data, "val", config.sequence_length)
@@ -779,10 +777,10 @@ def evaluate_only(config: TrainConfig, given: dict[str, Any] | None = None) -> i
     return 0
 
 
-def train(config: TrainConfig, given: dict[str, Any] | None = None) -> int:
-    """Train or resume, as `config` says. In a resumed run the checkpoint's settings hold, except for those in `given`
-    (None: all of `config`). Returns the exit status: 0, or 128 + the signal that interrupted the run. Raises
-    FloatingPointError when it diverges, and ValueError or OSError with a sentence for the user."""
+def train(config: TrainConfig, given: dict) -> int:
+    """Train or resume, as `config` says. In a resumed run the checkpoint's settings hold, except for those in `given`.
+    Returns the exit status: 0, or 128 + the signal that interrupted the run. Raises FloatingPointError when it
+    diverges, and ValueError or OSError with a sentence for the user."""
     # Where it starts: a checkpoint, given weights, or scratch
     out = Path(config.out)
     checkpoint = find_checkpoint(config)
@@ -793,7 +791,7 @@ def train(config: TrainConfig, given: dict[str, Any] | None = None) -> int:
         trainer = load_trainer(checkpoint)
         step = trainer["step"]
         seconds = trainer["seconds"]
-        config = resumed_config(config, given, trainer["config"], checkpoint)
+        config = resumed_config(trainer["config"], given, checkpoint)
     elif config.init_from:
         source = prep.model_directory(config.init_from)
     check_config(config)
