@@ -586,30 +586,31 @@ def score_rows(model: GPT, data: EvalSet, process: Process, stops: Sequence[int]
     return all_reduce(scores).numpy()
 
 
-def mean_metric(name: str, values: np.ndarray) -> dict[str, float]:
-    """The mean of some values, and its standard error."""
-    error = values.std(ddof=1) / math.sqrt(len(values)) if len(values) > 1 else math.nan
-    return {name: values.mean(), f"{name}_se": error}
-
-
 def summarize(name: str, data: EvalSet, nats: np.ndarray, hits: np.ndarray) -> dict[str, float]:
     """The metrics of a set, from each row's summed loss and how many of its targets were the most likely token;
     `..._se` is a standard error over sequences or tasks. "val_loss" is in nats per token. "hellaswag_acc" is how often
     the right ending has the lowest summed loss, "hellaswag_acc_norm" the lowest loss per token. "lambada_acc" is how
     often every token of the last word is the most likely; its perplexity is per word."""
+    averaged = {}
+    others = {}
     if name == "val":
-        metrics = mean_metric("val_loss", nats / data.counts)
-        metrics["val_perplexity"] = np.exp(metrics["val_loss"])
-        metrics["val_bits_per_byte"] = nats.sum() / math.log(2) / max(1, data.text_bytes)
-        return metrics
-    if name == "lambada":
-        perplexity = {"lambada_perplexity": np.exp(nats.mean())}
-        return mean_metric("lambada_acc", hits == data.counts) | perplexity
-    tasks = len(data.labels)
-    chosen = nats.reshape(tasks, -1).argmin(axis=1)
-    chosen_norm = (nats / data.counts).reshape(tasks, -1).argmin(axis=1)
-    accuracy = mean_metric("hellaswag_acc", chosen == data.labels)
-    return accuracy | mean_metric("hellaswag_acc_norm", chosen_norm == data.labels)
+        averaged["val_loss"] = nats / data.counts
+        others["val_perplexity"] = np.exp(averaged["val_loss"].mean())
+        others["val_bits_per_byte"] = nats.sum() / math.log(2) / max(1, data.text_bytes)
+    elif name == "lambada":
+        averaged["lambada_acc"] = hits == data.counts
+        others["lambada_perplexity"] = np.exp(nats.mean())
+    else:
+        nats = nats.reshape(-1, 4)
+        counts = data.counts.reshape(-1, 4)
+        averaged["hellaswag_acc"] = nats.argmin(axis=1) == data.labels
+        averaged["hellaswag_acc_norm"] = (nats / counts).argmin(axis=1) == data.labels
+    metrics = {}
+    for metric, values in averaged.items():
+        error = values.std(ddof=1) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+        metrics[metric] = values.mean()
+        metrics[f"{metric}_se"] = error
+    return metrics | others
 
 
 def evaluate(
@@ -770,10 +771,8 @@ def evaluate_only(config: TrainConfig, given: dict) -> int:
     model.to(process.device)
     sets = open_evaluation(config, split, tokenizer, model.config.block_size)
     metrics = evaluate(model, sets, process)  # on all ranks
-    status("")
-    if process.rank == 0:
-        print(f"evaluation of {source}", describe_metrics(metrics), sep="\n")
-        print(json.dumps({"evaluated": str(source)} | metrics), flush=True)
+    say(f"evaluation of {source}\n{describe_metrics(metrics)}")
+    say(json.dumps({"evaluated": str(source)} | metrics))
     return 0
 
 
