@@ -40,7 +40,7 @@ try:
 
     import model as gpt
     import prepare_data as prep
-    from model import GPT, MODEL_SIZES
+    from model import GPT, MODEL_SIZES, GPTConfig
     from prepare_data import Split, say, status
 except ImportError as error:
     sys.exit(f"train.py: error: {error}; pip install -r requirements.txt")
@@ -645,11 +645,16 @@ def build_model(config: TrainConfig, source: Path | None, tokenizer: tiktoken.En
     """The model in the directory `source`, else a new one. Raises ValueError when it does not fit the data."""
     T = config.sequence_length
     if source is None:
-        shape = {"block_size": T, "vocab_size": tokenizer.n_vocab, "dropout": config.dropout}
-        for name in ("n_layer", "n_head", "n_embd"):
-            if getattr(config, name):
-                shape[name] = getattr(config, name)
-        return GPT(replace(MODEL_SIZES[config.model], **shape))
+        size = MODEL_SIZES[config.model]
+        shape = GPTConfig(
+            block_size=T,
+            vocab_size=tokenizer.n_vocab,
+            n_layer=config.n_layer or size.n_layer,
+            n_head=config.n_head or size.n_head,
+            n_embd=config.n_embd or size.n_embd,
+            dropout=config.dropout,
+        )
+        return GPT(shape)
     shape, tokenizer_name = gpt.read_config(source)
     if tokenizer_name != tokenizer.name:
         advice = f"prepare data with --tokenizer {tokenizer_name}"
