@@ -26,7 +26,6 @@ from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from functools import lru_cache
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,6 +36,8 @@ try:
     import torch.distributed as dist
     from safetensors import SafetensorError
     from torch import Tensor
+    from torch.nn.parallel import DistributedDataParallel
+    from torch.utils._triton import has_triton
 
     import model as gpt
     import prepare_data as prep
@@ -678,22 +679,6 @@ def check_ranks_agree(config: TrainConfig, step: int, shards: dict[str, str]) ->
         raise FileNotFoundError(f"{problem}; put the first on a shared disk, and the same data on each machine")
 
 
-def can_compile(device: torch.device) -> bool:
-    """Whether torch.compile is worth trying: on a GPU that Triton supports."""
-    if device.type != "cuda" or not find_spec("triton"):
-        return False
-    return torch.cuda.get_device_capability(device) >= (7, 0)
-
-
-def wrap_model(model: GPT, compiled: bool, process: Process) -> Any:
-    """The model as the loop calls it, compiled and connected to the other ranks, with the same parameters."""
-    # Not dynamic, or a second size of micro-batch would be compiled for all sizes, and be slower.
-    runner = torch.compile(model, dynamic=False) if compiled else model
-    if process.world_size > 1:
-        runner = torch.nn.parallel.DistributedDataParallel(runner, gradient_as_bucket_view=True)
-    return runner
-
-
 def pass_over_zeros(runner: Any, size: int, T: int, process: Process, sync: bool) -> None:
     """A forward and a backward pass, in which the model is compiled and, with `sync`, gradients are exchanged. Raises
     OSError if it cannot be compiled."""
@@ -823,8 +808,14 @@ def train(config: TrainConfig, given: dict) -> int:
     main_process = process.rank == 0
     check_ranks_agree(config, step, shards)
     model.to(device).train()
-    compiled = can_compile(device) if config.compile is None else config.compile
-    runner = wrap_model(model, compiled, process)
+    compiled = config.compile
+    if compiled is None:
+        compiled = device.type == "cuda" and has_triton()
+    # What the loop calls, with the parameters of the model. Not dynamic, or a second size of
+    # micro-batch would be compiled for all sizes, and be slower.
+    runner = torch.compile(model, dynamic=False) if compiled else model
+    if process.world_size > 1:
+        runner = DistributedDataParallel(runner, gradient_as_bucket_view=True)
     size = config.micro_batch_size or find_micro_batch_size(config, model, runner, process)
     if runner is not model:
         # Compilation stays out of the first update, and DistributedDataParallel settles its order of
