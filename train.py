@@ -254,8 +254,7 @@ def join_processes(rank: int, world_size: int, device: torch.device) -> None:
         store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
     backend = "nccl" if device.type == "cuda" else "gloo"
     limit = timedelta(minutes=30)  # for rank 0 to write gpt2-xl's checkpoint of 19 GB
-    device_id = device if device.type == "cuda" else None
-    dist.init_process_group(backend, None, limit, world_size, rank, store, device_id=device_id)
+    dist.init_process_group(backend, None, limit, world_size, rank, store)
 
 
 def all_reduce(value: Tensor, how: dist.ReduceOp = dist.ReduceOp.SUM) -> Tensor:
@@ -682,8 +681,7 @@ def check_ranks_agree(config: TrainConfig, step: int, shards: dict[str, str]) ->
 def pass_over_zeros(runner: Any, size: int, T: int, process: Process, sync: bool) -> None:
     """A forward and a backward pass, in which the model is compiled and, with `sync`, gradients are exchanged. Raises
     OSError if it cannot be compiled."""
-    if process.world_size > 1:
-        runner.require_backward_grad_sync = sync
+    runner.require_backward_grad_sync = sync
     zeros = torch.zeros(size, T, dtype=torch.int64, device=process.device)
     try:
         with process.autocast:
@@ -831,7 +829,7 @@ def train(config: TrainConfig, given: dict) -> int:
     if checkpoint:
         with prep.reading(checkpoint / "trainer.pt"):
             gpt.load_optimizer(optimizer, trainer["optimizer"])
-            if scaler.is_enabled() and trainer["scaler"]:
+            if trainer["scaler"]:
                 scaler.load_state_dict(trainer["scaler"])
 
     # The log
@@ -909,9 +907,9 @@ def train(config: TrainConfig, given: dict) -> int:
         loss = torch.zeros((), device=device)
         for i, sequences in enumerate(batch):
             status(f"step {step} of {config.steps}, {i / len(batch):.0%}")
-            # Exchange gradients after the last micro-batch only; no_sync() sets this flag.
-            if process.world_size > 1:
-                runner.require_backward_grad_sync = i + 1 == len(batch)
+            # Exchange gradients after the last micro-batch only. no_sync() sets this flag, which only
+            # DistributedDataParallel reads.
+            runner.require_backward_grad_sync = i + 1 == len(batch)
             tokens = sequences[:, :-1].contiguous()
             targets = sequences[:, 1:].contiguous()
             with process.autocast:
