@@ -529,11 +529,13 @@ def read_tasks(name: str, path: Path, tokenizer: tiktoken.Encoding, most: int) -
     for number, line in enumerate(path.read_bytes().splitlines()[:most], start=1):
         with prep.reading(f"{path}, line {number},"):
             context, endings, label = parse_task(name, prep.read_object(line, "its JSON"))
-            begin, *ends = (prep.tokenize([text], tokenizer)[1:] for text in (context, *endings))
-            if not len(begin):
+            begin = prep.tokenize([context], tokenizer)[1:].tolist()
+            if not begin:
                 raise ValueError("its context is empty")
-            rows += [torch.from_numpy(np.concatenate([begin, end], dtype=np.int64)) for end in ends]
-            counts += map(len, ends)
+            for ending in endings:
+                end = prep.tokenize([ending], tokenizer)[1:].tolist()
+                rows.append(torch.tensor(begin + end))
+                counts.append(len(end))
             labels.append(label)
     if not labels:
         raise ValueError(f"{path} contains no tasks")
