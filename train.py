@@ -683,6 +683,7 @@ def check_ranks_agree(config: TrainConfig, step: int, shards: dict[str, str]) ->
 def pass_over_zeros(runner: Any, size: int, T: int, process: Process, sync: bool) -> None:
     """A forward and a backward pass, in which the model is compiled and, with `sync`, gradients are exchanged. Raises
     OSError if it cannot be compiled."""
+    status(f"compiling or connecting, with micro-batches of {size}")
     runner.require_backward_grad_sync = sync
     zeros = torch.zeros(size, T, dtype=torch.int64, device=process.device)
     try:
@@ -720,7 +721,6 @@ def find_micro_batch_size(config: TrainConfig, model: GPT, runner: Any, process:
 def fits(model: GPT, runner: Any, size: int, T: int, process: Process) -> bool:
     """Whether a GPU has room for a pass over `size` sequences, besides the optimizer's two moments and the accumulated
     gradients."""
-    status(f"trying micro-batches of {size}")
     # The rest is for evaluation, samples and fragmentation.
     torch.cuda.set_per_process_memory_fraction(0.9)
     try:
@@ -820,7 +820,6 @@ def train(config: TrainConfig, given: dict) -> int:
     if runner is not model:
         # Compilation stays out of the first update, and DistributedDataParallel settles its order of
         # summation, so that a resumed run adds gradients in the same order.
-        status("compiling" if compiled else "connecting")
         pass_over_zeros(runner, size, T, process, sync=True)
 
     # The optimizer
