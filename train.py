@@ -160,8 +160,7 @@ def check_config(config: TrainConfig) -> None:
     if config.min_lr > config.max_lr:
         raise ValueError(f"--min-lr {config.min_lr} must not exceed --max-lr {config.max_lr}")
     if config.warmup_steps >= config.steps:
-        problem = f"--warmup-steps {config.warmup_steps} must be less than --steps {config.steps}"
-        raise ValueError(problem)
+        raise ValueError(f"--warmup-steps {config.warmup_steps} must be less than --steps {config.steps}")
     total = config.total_batch_tokens
     ranks = read_environment("WORLD_SIZE", 1)
     pass_tokens = config.sequence_length * max(1, config.micro_batch_size) * ranks
@@ -312,7 +311,7 @@ def load_batch(split: Split, config: TrainConfig, size: int, process: Process, s
     return torch.from_numpy(sequences.reshape(*indices.shape, -1))
 
 
-def identify_shards(data: Path, splits: list[Split]) -> dict[str, str]:
+def identify_shards(data: Path, splits: list[Split]) -> dict:
     """What identifies each shard, by its name: its sha256 in SHA256SUMS or, without one, its number of tokens."""
     checksums = prep.read_checksums(data)
     shards = {}
@@ -322,7 +321,7 @@ def identify_shards(data: Path, splits: list[Split]) -> dict[str, str]:
     return shards
 
 
-def check_same_shards(data: Path, shards: dict[str, str], saved: dict[str, str]) -> None:
+def check_same_shards(data: Path, shards: dict, saved: dict) -> None:
     """Raise ValueError unless these are the shards that the run was started with, `saved` in its checkpoint."""
     for name in sorted(shards.keys() | saved.keys()):
         now = shards.get(name)
@@ -338,7 +337,7 @@ def check_same_shards(data: Path, shards: dict[str, str], saved: dict[str, str])
 # Checkpoints
 
 
-def save_checkpoint(out: Path, model: GPT, trainer: dict, tokenizer: str, files: dict[str, bytes]) -> Path:
+def save_checkpoint(out: Path, model: GPT, trainer: dict, tokenizer: str, files: dict) -> Path:
     """Write `step_NNNNNN`, under a temporary name until it is complete and on disk. `trainer` is as from
     `load_trainer`; `tokenizer` is a name, with the `files` of `tokenizer_files`. Raises FloatingPointError for weights
     that are not finite, OSError when it cannot be written."""
@@ -384,16 +383,18 @@ def find_best(out: Path) -> Path | None:
 
 def prune(out: Path, newest: Path, keep: int) -> None:
     """Remove all checkpoints but the `keep` newest and the best; 0 keeps all."""
+    if keep == 0:
+        return
     found = prep.checkpoints(out)
     past = found[: found.index(newest) + 1]  # a later one is damaged and was skipped
     best = find_best(out)
-    for old in past[:-keep] if keep else []:
+    for old in past[:-keep]:
         if old != best:
             # Renamed first, so that a crash cannot leave half a checkpoint under its name.
             shutil.rmtree(old.rename(old.with_suffix(".tmp")))
 
 
-def load_trainer(checkpoint: Path) -> dict[str, Any]:
+def load_trainer(checkpoint: Path) -> dict:
     """A checkpoint's config, step, seconds (of training until then), shards (as from `identify_shards`), and the states
     of optimizer and scaler. Missing settings get their defaults. Raises ValueError when it is damaged."""
     path = checkpoint / "trainer.pt"
@@ -588,7 +589,7 @@ def score_rows(model: GPT, data: EvalSet, process: Process, stops: Sequence[int]
     return all_reduce(scores).numpy()
 
 
-def summarize(name: str, data: EvalSet, nats: np.ndarray, hits: np.ndarray) -> dict[str, float]:
+def summarize(name: str, data: EvalSet, nats: np.ndarray, hits: np.ndarray) -> dict:
     """The metrics of a set, from each row's summed loss and how many of its targets were the most likely token;
     `..._se` is a standard error over sequences or tasks. "val_loss" is in nats per token. "hellaswag_acc" is how often
     the right ending has the lowest summed loss, "hellaswag_acc_norm" the lowest loss per token. "lambada_acc" is how
@@ -615,9 +616,7 @@ def summarize(name: str, data: EvalSet, nats: np.ndarray, hits: np.ndarray) -> d
     return metrics | others
 
 
-def evaluate(
-    model: GPT, sets: dict[str, EvalSet], process: Process, stops: Sequence[int] = ()
-) -> dict[str, float | None] | None:
+def evaluate(model: GPT, sets: dict[str, EvalSet], process: Process, stops: Sequence[int] = ()) -> dict | None:
     """The metrics of all sets (a metric that is not finite is None), the same on all ranks; each rank scores its share.
     Returns None, within a batch, once any rank has caught a signal."""
     metrics = {}
@@ -669,7 +668,7 @@ def build_model(config: TrainConfig, source: Path | None, tokenizer: tiktoken.En
     return gpt.load_model(source, config.dropout, tokenizer.n_vocab)
 
 
-def check_ranks_agree(config: TrainConfig, step: int, shards: dict[str, str]) -> None:
+def check_ranks_agree(config: TrainConfig, step: int, shards: dict) -> None:
     """Raise FileNotFoundError if the ranks see different checkpoints or different data. Waits for all ranks."""
     if not dist.is_initialized():
         return
@@ -694,7 +693,7 @@ def pass_over_zeros(runner: Any, size: int, T: int, process: Process, sync: bool
         problem = f"the model cannot be compiled here ({type(error).__name__})"
         raise OSError(f"{problem}; use --no-compile") from error
     finally:
-        runner.zero_grad(set_to_none=True)
+        runner.zero_grad()
 
 
 def find_micro_batch_size(config: TrainConfig, model: GPT, runner: Any, process: Process) -> int:
@@ -858,8 +857,14 @@ def train(config: TrainConfig, given: dict) -> int:
 
     def log_update(step: int, loss: float, lr: float, norm: float, dt: float) -> None:
         rate = batch_tokens / dt
-        entry = {"step": step, "seconds": seconds, "train_loss": loss, "lr": lr}
-        entry |= {"grad_norm": norm if math.isfinite(norm) else None, "tokens_per_second": rate}
+        entry = {
+            "step": step,
+            "seconds": seconds,
+            "train_loss": loss,
+            "lr": lr,
+            "grad_norm": norm if math.isfinite(norm) else None,
+            "tokens_per_second": rate,
+        }
         line = f"step {step}  loss {loss:.4f}  lr {lr:.1e}  norm {norm:.2f}  {rate:,.0f} tok/s"
         if peak_flops and process.dtype != torch.float32:
             entry["mfu"] = rate * flops_per_token / (peak_flops * process.world_size)
@@ -881,8 +886,14 @@ def train(config: TrainConfig, given: dict) -> int:
         if zero:
             optimizer.consolidate_state_dict(to=0)
         if main_process:
-            trainer = {"config": asdict(config), "step": step, "seconds": seconds, "shards": shards}
-            trainer |= {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
+            trainer = {
+                "config": asdict(config),
+                "step": step,
+                "seconds": seconds,
+                "shards": shards,
+                "optimizer": optimizer.state_dict(),
+                "scaler": scaler.state_dict(),
+            }
             path = save_checkpoint(out, model, trainer, tokenizer.name, tokenizer_files)
             prune(out, path, config.keep_checkpoints)
             say(f"step {step}  checkpoint {path}")
@@ -927,7 +938,7 @@ def train(config: TrainConfig, given: dict) -> int:
         check_finite(step, mean_loss, mean_norm, scaler, saved)
         scaler.step(optimizer)
         scaler.update()
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad()
 
         dt = time.perf_counter() - began
         seconds += dt
