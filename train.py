@@ -110,9 +110,10 @@ class TrainConfig:
 
 # What a resumed run may change. A change of any other setting would make it another run.
 MAY_CHANGE = {
-    "data", "out", "resume", "init_from", "eval_only", "micro_batch_size", "dtype", "compile", "device", "zero",
-    "eval_every", "eval_tokens", "eval_tasks", "sample_every", "log_every", "tensorboard", "checkpoint_every",
-    "keep_checkpoints",
+    "data", "out", "resume", "init_from", "eval_only",
+    "micro_batch_size", "dtype", "compile", "device", "zero",
+    "eval_every", "eval_tokens", "eval_tasks", "sample_every",
+    "log_every", "tensorboard", "checkpoint_every", "keep_checkpoints",
 }  # fmt: skip
 
 BOOK = TrainConfig(  # for a single book: a few minutes on a laptop
@@ -247,7 +248,7 @@ def join_processes(rank: int, world_size: int, device: torch.device) -> None:
             time.sleep(1)
     meeting = dist.rendezvous("env://", timeout=timedelta(minutes=5))
     store, _, _ = prep.begin(next, meeting).result()  # in a thread, so that Ctrl-C ends the wait
-    # Each restart has its own prefix in the store; otherwise workers would find the addresses of the dead.
+    # Each restart has its own prefix in the store, or workers would find the addresses of the dead.
     # On a single machine only, since several may count restarts differently.
     if world_size == read_environment("LOCAL_WORLD_SIZE", 0):
         store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
@@ -634,8 +635,8 @@ def sample_text(model: GPT, tokenizer: tiktoken.Encoding, seed: int, device: tor
     prompt = torch.tensor([[end]], device=device)
     generator = torch.Generator(device).manual_seed(seed)
     with gpt.evaluation_mode(model):
-        tokens = gpt.generate(model, prompt, 100, 0.8, 50, None, generator, stop_token=end)
-        tokens = torch.cat(list(tokens)).tolist()
+        steps = gpt.generate(model, prompt, 100, temperature=0.8, top_k=50, generator=generator, stop_token=end)
+        tokens = torch.cat(list(steps)).tolist()
     return tokenizer.decode(tokens).removesuffix("<|endoftext|>")
 
 
@@ -919,8 +920,8 @@ def train(config: TrainConfig, given: dict) -> int:
         loss = torch.zeros((), device=device)
         for i, sequences in enumerate(batch):
             status(f"step {step} of {config.steps}, {i / len(batch):.0%}")
-            # Exchange gradients after the last micro-batch only. no_sync() sets this flag, which only
-            # DistributedDataParallel reads.
+            # Exchange gradients after the last micro-batch only. This is the flag that no_sync() sets;
+            # only DistributedDataParallel reads it.
             runner.require_backward_grad_sync = i + 1 == len(batch)
             tokens = sequences[:, :-1].contiguous()
             targets = sequences[:, 1:].contiguous()
