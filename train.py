@@ -581,7 +581,8 @@ def score_rows(model: GPT, data: EvalSet, process: Process, stops: Sequence[int]
         if all_reduce(torch.full((), len(stops), device=device)) > 0:  # waits for all ranks
             return None
         size = max(1, batch_tokens // (len(rows[order[done]]) - 1))
-        share = order[done + process.rank * size :][:size]  # the ranks take turns
+        start = done + process.rank * size  # the ranks take turns
+        share = order[start : start + size]
         if share:
             tokens, targets = gpt.pad([rows[i] for i in share], data.counts[share].tolist())
             with gpt.evaluation_mode(model), process.autocast:
