@@ -259,7 +259,7 @@ def join_processes(rank: int, world_size: int, device: torch.device) -> None:
 
 def all_reduce(value: Tensor, how: dist.ReduceOp = dist.ReduceOp.SUM) -> Tensor:
     """Sum (or minimum) over all ranks, as float64 on the CPU. Waits for the device."""
-    if value.device.type != "cuda":
+    if not value.is_cuda:
         value = value.cpu()  # gloo supports no other device, and MPS no float64
     value = value.double()
     if dist.is_initialized():
@@ -578,7 +578,7 @@ def score_rows(model: GPT, data: EvalSet, process: Process, stops: Sequence[int]
     done = 0
     while done < len(order):
         status(f"evaluating: {done / len(order):.0%}")
-        if all_reduce(torch.full((), len(stops), device=device)) > 0:  # waits for all ranks
+        if all_reduce(torch.tensor(len(stops), device=device)) > 0:  # waits for all ranks
             return None
         size = max(1, batch_tokens // (len(rows[order[done]]) - 1))
         start = done + process.rank * size  # the ranks take turns
@@ -716,7 +716,7 @@ def find_micro_batch_size(config: TrainConfig, model: GPT, runner: Any, process:
     size = min(share, max(1, most // T))
     while size > 1 and (share % size or (on_gpu and not fits(model, runner, size, T, process))):
         size -= 1
-    return int(all_reduce(torch.full((), size, device=process.device), dist.ReduceOp.MIN))
+    return int(all_reduce(torch.tensor(size, device=process.device), dist.ReduceOp.MIN))
 
 
 def fits(model: GPT, runner: Any, size: int, T: int, process: Process) -> bool:
@@ -934,7 +934,7 @@ def train(config: TrainConfig, given: dict) -> int:
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
 
         # The one wait for the device, and for all ranks
-        stopping = torch.full((), float(len(stops)), device=device)
+        stopping = torch.tensor(float(len(stops)), device=device)
         sums = all_reduce(torch.stack([loss, norm, stopping]))
         mean_loss, mean_norm, stopping = (sums / process.world_size).tolist()
         check_finite(step, mean_loss, mean_norm, scaler, saved)
