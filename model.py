@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 if not hasattr(nn, "LinearCrossEntropyOptions"):
     raise ImportError(f"PyTorch 2.13 is needed; this is {torch.__version__}")
@@ -64,7 +65,6 @@ MODEL_SIZES = {
 }
 
 LAYER_NORM_EPS = 1e-5
-KV = tuple[Tensor, Tensor]  # one layer's cached keys and values, (B, nh, block_size, hs) each
 
 
 @cache
@@ -75,13 +75,13 @@ def is_intel_cpu() -> bool:
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`F.linear`, (..., in) to (..., out), but nearly twice as fast for the few rows of text generation on CPUs other
     than Intel's, where MKL already multiplies a single row as fast as memory allows."""
-    rows = x.numel() // x.size(-1)
-    on_cpu = x.device.type == "cpu" and x.dtype == torch.float32
+    flat = x.flatten(0, -2)
+    rows = len(flat)
+    on_cpu = x.is_cpu and x.dtype == torch.float32
     if torch.is_grad_enabled() or rows > 8 or not on_cpu or (rows == 1 and is_intel_cpu()):
         return F.linear(x, weight, bias)
     # W x^T reads the weights in the order in which they lie in memory. A single row is doubled,
     # since BLAS may run a matrix-vector product on one thread only.
-    flat = x.reshape(rows, -1)
     if rows == 1:
         flat = flat.repeat(2, 1)
     y = weight @ flat.t() if bias is None else torch.addmm(bias[:, None], weight, flat.t())  # (out, rows)
@@ -102,22 +102,18 @@ class CausalSelfAttention(nn.Module):
         self.c_proj = Linear(config.n_embd, config.n_embd)
         self.resid_dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, cache: KV | None = None, start: int = 0) -> Tensor:
-        """(B, T, C) to (B, T, C). With a `cache`, x begins at position `start`, and the cache holds all before it."""
+    def forward(self, x: Tensor, cache: Tensor | None = None, start: int = 0) -> Tensor:
+        """(B, T, C) to (B, T, C). With a `cache` of keys and values, (2, B, nh, block_size, hs), x begins at position
+        `start`, and the cache holds all before it."""
         B, T, C = x.shape
         nh = self.n_head
         hs = C // nh
-        q, k, v = self.c_attn(x).split(C, dim=2)
-        q = q.view(B, T, nh, hs).transpose(1, 2)  # (B, nh, T, hs)
-        k = k.view(B, T, nh, hs).transpose(1, 2)
-        v = v.view(B, T, nh, hs).transpose(1, 2)
+        qkv = self.c_attn(x).view(B, T, 3 * nh, hs).transpose(1, 2)
+        q, k, v = qkv.split(nh, dim=1)  # (B, nh, T, hs) each
         if cache is not None:
             end = start + T
-            keys, values = cache
-            keys[:, :, start:end] = k
-            values[:, :, start:end] = v
-            k = keys[:, :, :end]
-            v = values[:, :, :end]
+            cache[..., start:end, :] = torch.stack((k, v))
+            k, v = cache[..., :end, :]
         dropout = self.dropout if self.training else 0.0
         # Flash attention where the device has it. A single new token attends to everything cached, without a mask.
         y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=T > 1)  # (B, nh, T, hs)
@@ -146,7 +142,7 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd, eps=LAYER_NORM_EPS)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, cache: KV | None = None, start: int = 0) -> Tensor:
+    def forward(self, x: Tensor, cache: Tensor | None = None, start: int = 0) -> Tensor:
         x = x + self.attn(self.ln_1(x), cache, start)
         return x + self.mlp(self.ln_2(x))
 
@@ -160,29 +156,30 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         padded_vocab_size = math.ceil(config.vocab_size / 128) * 128
-        self.transformer = nn.ModuleDict()
-        self.transformer["wte"] = nn.Embedding(padded_vocab_size, config.n_embd)
-        self.transformer["wpe"] = nn.Embedding(config.block_size, config.n_embd)
-        self.transformer["drop"] = nn.Dropout(config.dropout)
-        self.transformer["h"] = nn.ModuleList(Block(config) for _ in range(config.n_layer))
-        self.transformer["ln_f"] = nn.LayerNorm(config.n_embd, eps=LAYER_NORM_EPS)
-        self.apply(self._init_weights)
+        layers = {
+            "wte": nn.Embedding(padded_vocab_size, config.n_embd),
+            "wpe": nn.Embedding(config.block_size, config.n_embd),
+            "drop": nn.Dropout(config.dropout),
+            "h": nn.ModuleList(Block(config) for _ in range(config.n_layer)),
+            "ln_f": nn.LayerNorm(config.n_embd, eps=LAYER_NORM_EPS),
+        }
+        self.transformer = nn.ModuleDict(layers)
+        self.init_weights()
 
-    def _init_weights(self, module: nn.Module) -> None:
-        """Normal(0, 0.02). Each block adds two projections to the residual stream; those are scaled by
-        1 / sqrt(2 * n_layer), so that its variance does not grow with depth (section 2.3 of the paper)."""
-        if isinstance(module, nn.Embedding):
-            nn.init.normal_(module.weight, std=0.02)
-        elif isinstance(module, nn.Linear):
-            nn.init.normal_(module.weight, std=0.02)
-            nn.init.zeros_(module.bias)
-        elif isinstance(module, Block):  # reached after the linear layers inside it
-            for projection in (module.attn.c_proj, module.mlp.c_proj):
-                nn.init.normal_(projection.weight, std=0.02 / math.sqrt(2 * self.config.n_layer))
+    def init_weights(self) -> None:
+        """Normal(0, 0.02) for matrices, 0 for biases. Each block adds two projections to the residual stream; those are
+        scaled by 1 / sqrt(2 * n_layer), so that its variance does not grow with depth (section 2.3 of the paper)."""
+        for name, parameter in self.named_parameters():
+            if name.endswith("bias"):
+                nn.init.zeros_(parameter)
+            elif name.endswith("c_proj.weight"):
+                nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * self.config.n_layer))
+            elif parameter.dim() == 2:
+                nn.init.normal_(parameter, std=0.02)
 
-    def hidden(self, tokens: Tensor, cache: list[KV] | None = None, start: int = 0) -> Tensor:
-        """(B, T) tokens to (B, T, C), after the final LayerNorm. With a `cache`, one pair per layer, the tokens begin
-        at position `start`, and T must be 1 unless `start` is 0. Raises ValueError past the context."""
+    def hidden(self, tokens: Tensor, cache: Tensor | None = None, start: int = 0) -> Tensor:
+        """(B, T) tokens to (B, T, C), after the final LayerNorm. With a `cache`, (n_layer, 2, B, nh, block_size, hs),
+        the tokens begin at position `start`; unless that is 0, T must be 1. Raises ValueError past the context."""
         end = start + tokens.size(1)
         if end > self.config.block_size:
             raise ValueError(f"{end} tokens exceed the model's context of {self.config.block_size}")
@@ -193,7 +190,7 @@ class GPT(nn.Module):
             # As in llm.c: half the memory traffic of float32, with no measurable difference in the loss.
             x = x.to(torch.get_autocast_dtype(device))
         for i, block in enumerate(self.transformer.h):
-            x = block(x, cache[i] if cache else None, start)
+            x = block(x, None if cache is None else cache[i], start)
         return self.transformer.ln_f(x)
 
     def logits(self, x: Tensor) -> Tensor:
@@ -236,12 +233,10 @@ class GPT(nn.Module):
 def pad(rows: list[Tensor], counts: list[int]) -> tuple[Tensor, Tensor]:
     """Pad int64 rows of different lengths, whose last `counts` tokens are to be scored, to the (B, T) tokens and
     targets that `GPT.score` takes."""
-    tokens = torch.zeros(len(rows), max(map(len, rows)) - 1, dtype=torch.int64)
-    targets = torch.full_like(tokens, -1)
-    for i, (row, count) in enumerate(zip(rows, counts, strict=True)):
-        end = len(row) - 1
-        tokens[i, :end] = row[:-1]
-        targets[i, end - count : end] = row[-count:]
+    tokens = pad_sequence([row[:-1] for row in rows], batch_first=True)
+    targets = pad_sequence([row[1:] for row in rows], batch_first=True, padding_value=-1)
+    for i, count in enumerate(counts):
+        targets[i, : len(rows[i]) - 1 - count] = -1  # the context
     return tokens, targets
 
 
@@ -362,7 +357,7 @@ PEAK_FLOPS = {
 
 # A model is a directory
 
-TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")  # (in, out) in files
+TRANSPOSED = ("c_attn.weight", "c_fc.weight", "c_proj.weight")  # (in, out) in files
 # What a config.json may say besides the sizes. Any other value would mean a computation other than GPT-2's.
 GPT2_SETTINGS = {
     "model_type": "gpt2",
@@ -459,7 +454,7 @@ def load_model(directory: str | Path, dropout: float = 0.0, vocab_size: int | No
             model = GPT(replace(config, dropout=dropout, vocab_size=vocab_size))
         model.load_state_dict(state, assign=True)
     except (SafetensorError, RuntimeError, ValueError) as error:
-        problem = " ".join(str(error).split())[:300]  # PyTorch may list every tensor
+        problem = str(error)[:300]  # PyTorch may list every tensor
         raise ValueError(f"{path} is damaged, or does not match config.json: {problem}") from error
     return model.requires_grad_(True).eval()
 
@@ -494,14 +489,6 @@ def sample_token(
     return tokens.gather(-1, drawn).squeeze(-1)
 
 
-def empty_cache(model: GPT, batch_size: int) -> list[KV]:
-    """Room for the keys and values of a whole context, in each layer."""
-    config = model.config
-    shape = (batch_size, config.n_head, config.block_size, config.n_embd // config.n_head)
-    weight = model.transformer.wte.weight
-    return [(weight.new_zeros(shape), weight.new_zeros(shape)) for _ in range(config.n_layer)]
-
-
 @torch.inference_mode()
 def generate(
     model: GPT,
@@ -518,10 +505,13 @@ def generate(
     generation ends when every row has. `generator` must be on the model's device. The model should be in eval mode.
     Raises ValueError for an empty prompt, or one longer than the context."""
     B, T = tokens.shape
-    block_size = model.config.block_size
+    config = model.config
+    block_size = config.block_size
     if not 1 <= T <= block_size:
         raise ValueError(f"a prompt must have 1 to {block_size} tokens (the context), not {T}")
-    cache = empty_cache(model, B)
+    # Room for the keys and values of a whole context, in each layer
+    shape = (config.n_layer, 2, B, config.n_head, block_size, config.n_embd // config.n_head)
+    cache = model.transformer.wte.weight.new_zeros(shape)
     finished = torch.zeros(B, dtype=torch.bool, device=tokens.device)
     context = tokens
     start = 0  # how many tokens of the context are cached
@@ -533,6 +523,7 @@ def generate(
             token = token.masked_fill(finished, stop_token)
             finished |= token == stop_token
         yield token
+        # Without a stop token, nothing here waits for the GPU.
         if stop_token is not None and finished.all():
             return
         start = context.size(1)

@@ -26,7 +26,6 @@ from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from functools import lru_cache
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,10 +36,12 @@ try:
     import torch.distributed as dist
     from safetensors import SafetensorError
     from torch import Tensor
+    from torch.nn.parallel import DistributedDataParallel
+    from torch.utils._triton import has_triton
 
     import model as gpt
     import prepare_data as prep
-    from model import GPT, MODEL_SIZES
+    from model import GPT, MODEL_SIZES, GPTConfig
     from prepare_data import Split, say, status
 except ImportError as error:
     sys.exit(f"train.py: error: {error}; pip install -r requirements.txt")
@@ -109,11 +110,11 @@ class TrainConfig:
 
 # What a resumed run may change. A change of any other setting would make it another run.
 MAY_CHANGE = {
-    *("data", "out", "resume", "init_from", "eval_only"),
-    *("micro_batch_size", "dtype", "compile", "device", "zero"),
-    *("eval_every", "eval_tokens", "eval_tasks", "sample_every"),
-    *("log_every", "tensorboard", "checkpoint_every", "keep_checkpoints"),
-}
+    "data", "out", "resume", "init_from", "eval_only",
+    "micro_batch_size", "dtype", "compile", "device", "zero",
+    "eval_every", "eval_tokens", "eval_tasks", "sample_every",
+    "log_every", "tensorboard", "checkpoint_every", "keep_checkpoints",
+}  # fmt: skip
 
 BOOK = TrainConfig(  # for a single book: a few minutes on a laptop
     data="data/mine",
@@ -133,8 +134,9 @@ BOOK = TrainConfig(  # for a single book: a few minutes on a laptop
 PRESETS = {"gpt2": TrainConfig(), "book": BOOK, "demo": replace(BOOK, data="data/demo", steps=1400)}
 
 
-def parse_args(parser: argparse.ArgumentParser, argv: list[str] | None) -> tuple[TrainConfig, dict[str, Any]]:
-    """Parse the command line, an option for each field. Returns all settings, and the ones given explicitly."""
+def parse_args(parser: argparse.ArgumentParser, argv: list[str] | None) -> tuple[TrainConfig, dict]:
+    """Parse the command line, an option for each field. Returns all settings, and the ones given explicitly, to which
+    --out is added."""
     add = parser.add_argument
     add("--preset", default="gpt2", choices=PRESETS, help="settings to start from; other options override them")
     for item in fields(TrainConfig):
@@ -150,7 +152,8 @@ def parse_args(parser: argparse.ArgumentParser, argv: list[str] | None) -> tuple
     name = Path(config.data).resolve().name
     if config.eval_only and "data" not in given:
         name = ""  # the newest of all runs, as in sample.py
-    return replace(config, out=config.out or str(Path("out") / name)), given
+    given["out"] = config.out or str(Path("out") / name)
+    return replace(config, **given), given
 
 
 def check_config(config: TrainConfig) -> None:
@@ -158,8 +161,7 @@ def check_config(config: TrainConfig) -> None:
     if config.min_lr > config.max_lr:
         raise ValueError(f"--min-lr {config.min_lr} must not exceed --max-lr {config.max_lr}")
     if config.warmup_steps >= config.steps:
-        problem = f"--warmup-steps {config.warmup_steps} must be less than --steps {config.steps}"
-        raise ValueError(problem)
+        raise ValueError(f"--warmup-steps {config.warmup_steps} must be less than --steps {config.steps}")
     total = config.total_batch_tokens
     ranks = read_environment("WORLD_SIZE", 1)
     pass_tokens = config.sequence_length * max(1, config.micro_batch_size) * ranks
@@ -246,7 +248,7 @@ def join_processes(rank: int, world_size: int, device: torch.device) -> None:
             time.sleep(1)
     meeting = dist.rendezvous("env://", timeout=timedelta(minutes=5))
     store, _, _ = prep.begin(next, meeting).result()  # in a thread, so that Ctrl-C ends the wait
-    # Each restart has its own prefix in the store; otherwise workers would find the addresses of the dead.
+    # Each restart has its own prefix in the store, or workers would find the addresses of the dead.
     # On a single machine only, since several may count restarts differently.
     if world_size == read_environment("LOCAL_WORLD_SIZE", 0):
         store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
@@ -258,7 +260,7 @@ def join_processes(rank: int, world_size: int, device: torch.device) -> None:
 
 def all_reduce(value: Tensor, how: dist.ReduceOp = dist.ReduceOp.SUM) -> Tensor:
     """Sum (or minimum) over all ranks, as float64 on the CPU. Waits for the device."""
-    if value.device.type != "cuda":
+    if not value.is_cuda:
         value = value.cpu()  # gloo supports no other device, and MPS no float64
     value = value.double()
     if dist.is_initialized():
@@ -311,7 +313,7 @@ def load_batch(split: Split, config: TrainConfig, size: int, process: Process, s
     return torch.from_numpy(sequences.reshape(*indices.shape, -1))
 
 
-def identify_shards(data: Path, splits: list[Split]) -> dict[str, str]:
+def identify_shards(data: Path, splits: list[Split]) -> dict:
     """What identifies each shard, by its name: its sha256 in SHA256SUMS or, without one, its number of tokens."""
     checksums = prep.read_checksums(data)
     shards = {}
@@ -321,7 +323,7 @@ def identify_shards(data: Path, splits: list[Split]) -> dict[str, str]:
     return shards
 
 
-def check_same_shards(data: Path, shards: dict[str, str], saved: dict[str, str]) -> None:
+def check_same_shards(data: Path, shards: dict, saved: dict) -> None:
     """Raise ValueError unless these are the shards that the run was started with, `saved` in its checkpoint."""
     for name in sorted(shards.keys() | saved.keys()):
         now = shards.get(name)
@@ -337,7 +339,7 @@ def check_same_shards(data: Path, shards: dict[str, str], saved: dict[str, str])
 # Checkpoints
 
 
-def save_checkpoint(out: Path, model: GPT, trainer: dict, tokenizer: str, files: dict[str, bytes]) -> Path:
+def save_checkpoint(out: Path, model: GPT, trainer: dict, tokenizer: str, files: dict) -> Path:
     """Write `step_NNNNNN`, under a temporary name until it is complete and on disk. `trainer` is as from
     `load_trainer`; `tokenizer` is a name, with the `files` of `tokenizer_files`. Raises FloatingPointError for weights
     that are not finite, OSError when it cannot be written."""
@@ -383,16 +385,18 @@ def find_best(out: Path) -> Path | None:
 
 def prune(out: Path, newest: Path, keep: int) -> None:
     """Remove all checkpoints but the `keep` newest and the best; 0 keeps all."""
+    if keep == 0:
+        return
     found = prep.checkpoints(out)
     past = found[: found.index(newest) + 1]  # a later one is damaged and was skipped
     best = find_best(out)
-    for old in past[:-keep] if keep else []:
+    for old in past[:-keep]:
         if old != best and not old.is_symlink():
             # Renamed first, so that a crash cannot leave half a checkpoint under its name.
             shutil.rmtree(old.rename(old.with_suffix(".tmp")))
 
 
-def load_trainer(checkpoint: Path) -> dict[str, Any]:
+def load_trainer(checkpoint: Path) -> dict:
     """A checkpoint's config, step, seconds (of training until then), shards (as from `identify_shards`), and the states
     of optimizer and scaler. Missing settings get their defaults. Raises ValueError when it is damaged."""
     path = checkpoint / "trainer.pt"
@@ -423,19 +427,17 @@ def find_checkpoint(config: TrainConfig) -> Path | None:
     return newest
 
 
-def resumed_config(config: TrainConfig, given: dict[str, Any] | None, saved: TrainConfig, source: Path) -> TrainConfig:
-    """A checkpoint's settings, overridden by those `given` (None: by all of `config`). Raises ValueError if that would
-    change what is computed."""
-    given = asdict(config) if given is None else given
+def resumed_config(saved: TrainConfig, given: dict, checkpoint: Path) -> TrainConfig:
+    """A checkpoint's settings, overridden by those `given`. Raises ValueError if that would change what is computed."""
     changes = []
     for name in sorted(given.keys() - MAY_CHANGE):
         then = getattr(saved, name)
         if given[name] != then:
             changes.append(f"--{name.replace('_', '-')} was {then} and is now {given[name]}")
-    if changes and not config.eval_only:
-        problem = f"cannot resume {source} with different settings: {'; '.join(changes)}"
-        raise ValueError(f"{problem}; start a new run with --init-from {source} and another --out")
-    return replace(saved, **given | {"out": config.out, "resume": config.resume})
+    if changes:
+        problem = f"cannot resume {checkpoint} with different settings: {'; '.join(changes)}"
+        raise ValueError(f"{problem}; start a new run with --init-from {checkpoint} and another --out")
+    return replace(saved, **given)
 
 
 # The log
@@ -530,11 +532,13 @@ def read_tasks(name: str, path: Path, tokenizer: tiktoken.Encoding, most: int) -
     for number, line in enumerate(path.read_bytes().splitlines()[:most], start=1):
         with prep.reading(f"{path}, line {number},"):
             context, endings, label = parse_task(name, prep.read_object(line, "its JSON"))
-            begin, *ends = (prep.tokenize([text], tokenizer)[1:] for text in (context, *endings))
-            if not len(begin):
+            begin = prep.tokenize([context], tokenizer)[1:].tolist()
+            if not begin:
                 raise ValueError("its context is empty")
-            rows += [torch.from_numpy(np.concatenate([begin, end], dtype=np.int64)) for end in ends]
-            counts += map(len, ends)
+            for ending in endings:
+                end = prep.tokenize([ending], tokenizer)[1:].tolist()
+                rows.append(torch.tensor(begin + end))
+                counts.append(len(end))
             labels.append(label)
     if not labels:
         raise ValueError(f"{path} contains no tasks")
@@ -575,10 +579,11 @@ def score_rows(model: GPT, data: EvalSet, process: Process, stops: Sequence[int]
     done = 0
     while done < len(order):
         status(f"evaluating: {done / len(order):.0%}")
-        if all_reduce(torch.full((), len(stops), device=device)) > 0:  # waits for all ranks
+        if all_reduce(torch.tensor(len(stops), device=device)) > 0:  # waits for all ranks
             return None
         size = max(1, batch_tokens // (len(rows[order[done]]) - 1))
-        share = order[done + process.rank * size :][:size]  # the ranks take turns
+        start = done + process.rank * size  # the ranks take turns
+        share = order[start : start + size]
         if share:
             tokens, targets = gpt.pad([rows[i] for i in share], data.counts[share].tolist())
             with gpt.evaluation_mode(model), process.autocast:
@@ -587,35 +592,34 @@ def score_rows(model: GPT, data: EvalSet, process: Process, stops: Sequence[int]
     return all_reduce(scores).numpy()
 
 
-def mean_metric(name: str, values: np.ndarray) -> dict[str, float]:
-    """The mean of some values, and its standard error."""
-    error = values.std(ddof=1) / math.sqrt(len(values)) if len(values) > 1 else math.nan
-    return {name: values.mean(), f"{name}_se": error}
-
-
-def summarize(name: str, data: EvalSet, nats: np.ndarray, hits: np.ndarray) -> dict[str, float]:
+def summarize(name: str, data: EvalSet, nats: np.ndarray, hits: np.ndarray) -> dict:
     """The metrics of a set, from each row's summed loss and how many of its targets were the most likely token;
     `..._se` is a standard error over sequences or tasks. "val_loss" is in nats per token. "hellaswag_acc" is how often
     the right ending has the lowest summed loss, "hellaswag_acc_norm" the lowest loss per token. "lambada_acc" is how
     often every token of the last word is the most likely; its perplexity is per word."""
+    averaged = {}
+    others = {}
     if name == "val":
-        metrics = mean_metric("val_loss", nats / data.counts)
-        metrics["val_perplexity"] = np.exp(metrics["val_loss"])
-        metrics["val_bits_per_byte"] = nats.sum() / math.log(2) / max(1, data.text_bytes)
-        return metrics
-    if name == "lambada":
-        perplexity = {"lambada_perplexity": np.exp(nats.mean())}
-        return mean_metric("lambada_acc", hits == data.counts) | perplexity
-    tasks = len(data.labels)
-    chosen = nats.reshape(tasks, -1).argmin(axis=1)
-    chosen_norm = (nats / data.counts).reshape(tasks, -1).argmin(axis=1)
-    accuracy = mean_metric("hellaswag_acc", chosen == data.labels)
-    return accuracy | mean_metric("hellaswag_acc_norm", chosen_norm == data.labels)
+        averaged["val_loss"] = nats / data.counts
+        others["val_perplexity"] = np.exp(averaged["val_loss"].mean())
+        others["val_bits_per_byte"] = nats.sum() / math.log(2) / max(1, data.text_bytes)
+    elif name == "lambada":
+        averaged["lambada_acc"] = hits == data.counts
+        others["lambada_perplexity"] = np.exp(nats.mean())
+    else:
+        nats = nats.reshape(-1, 4)
+        counts = data.counts.reshape(-1, 4)
+        averaged["hellaswag_acc"] = nats.argmin(axis=1) == data.labels
+        averaged["hellaswag_acc_norm"] = (nats / counts).argmin(axis=1) == data.labels
+    metrics = {}
+    for metric, values in averaged.items():
+        error = values.std(ddof=1) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+        metrics[metric] = values.mean()
+        metrics[f"{metric}_se"] = error
+    return metrics | others
 
 
-def evaluate(
-    model: GPT, sets: dict[str, EvalSet], process: Process, stops: Sequence[int] = ()
-) -> dict[str, float | None] | None:
+def evaluate(model: GPT, sets: dict[str, EvalSet], process: Process, stops: Sequence[int] = ()) -> dict | None:
     """The metrics of all sets (a metric that is not finite is None), the same on all ranks; each rank scores its share.
     Returns None, within a batch, once any rank has caught a signal."""
     metrics = {}
@@ -633,8 +637,8 @@ def sample_text(model: GPT, tokenizer: tiktoken.Encoding, seed: int, device: tor
     prompt = torch.tensor([[end]], device=device)
     generator = torch.Generator(device).manual_seed(seed)
     with gpt.evaluation_mode(model):
-        tokens = gpt.generate(model, prompt, 100, 0.8, 50, None, generator, stop_token=end)
-        tokens = torch.cat(list(tokens)).tolist()
+        steps = gpt.generate(model, prompt, 100, temperature=0.8, top_k=50, generator=generator, stop_token=end)
+        tokens = torch.cat(list(steps)).tolist()
     return tokenizer.decode(tokens).removesuffix("<|endoftext|>")
 
 
@@ -645,11 +649,16 @@ def build_model(config: TrainConfig, source: Path | None, tokenizer: tiktoken.En
     """The model in the directory `source`, else a new one. Raises ValueError when it does not fit the data."""
     T = config.sequence_length
     if source is None:
-        shape = {"block_size": T, "vocab_size": tokenizer.n_vocab, "dropout": config.dropout}
-        for name in ("n_layer", "n_head", "n_embd"):
-            if getattr(config, name):
-                shape[name] = getattr(config, name)
-        return GPT(replace(MODEL_SIZES[config.model], **shape))
+        size = MODEL_SIZES[config.model]
+        shape = GPTConfig(
+            block_size=T,
+            vocab_size=tokenizer.n_vocab,
+            n_layer=config.n_layer or size.n_layer,
+            n_head=config.n_head or size.n_head,
+            n_embd=config.n_embd or size.n_embd,
+            dropout=config.dropout,
+        )
+        return GPT(shape)
     shape, tokenizer_name = gpt.read_config(source)
     if tokenizer_name != tokenizer.name:
         advice = f"prepare data with --tokenizer {tokenizer_name}"
@@ -662,7 +671,7 @@ def build_model(config: TrainConfig, source: Path | None, tokenizer: tiktoken.En
     return gpt.load_model(source, config.dropout, tokenizer.n_vocab)
 
 
-def check_ranks_agree(config: TrainConfig, step: int, shards: dict[str, str]) -> None:
+def check_ranks_agree(config: TrainConfig, step: int, shards: dict) -> None:
     """Raise FileNotFoundError if the ranks see different checkpoints or different data. Waits for all ranks."""
     if not dist.is_initialized():
         return
@@ -673,25 +682,10 @@ def check_ranks_agree(config: TrainConfig, step: int, shards: dict[str, str]) ->
         raise FileNotFoundError(f"{problem}; put the first on a shared disk, and the same data on each machine")
 
 
-def can_compile(device: torch.device) -> bool:
-    """Whether torch.compile is worth trying: on a GPU that Triton supports."""
-    if device.type != "cuda" or not find_spec("triton"):
-        return False
-    return torch.cuda.get_device_capability(device) >= (7, 0)
-
-
-def wrap_model(model: GPT, compiled: bool, process: Process) -> Any:
-    """The model as the loop calls it, compiled and connected to the other ranks, with the same parameters."""
-    # Not dynamic, or a second size of micro-batch would be compiled for all sizes, and be slower.
-    runner = torch.compile(model, dynamic=False) if compiled else model
-    if process.world_size > 1:
-        runner = torch.nn.parallel.DistributedDataParallel(runner, gradient_as_bucket_view=True)
-    return runner
-
-
 def pass_over_zeros(runner: Any, size: int, T: int, process: Process, sync: bool) -> None:
     """A forward and a backward pass, in which the model is compiled and, with `sync`, gradients are exchanged. Raises
     OSError if it cannot be compiled."""
+    status(f"compiling or connecting, with micro-batches of {size}")
     if process.world_size > 1:
         runner.require_backward_grad_sync = sync
     zeros = torch.zeros(size, T, dtype=torch.int64, device=process.device)
@@ -703,7 +697,7 @@ def pass_over_zeros(runner: Any, size: int, T: int, process: Process, sync: bool
         problem = f"the model cannot be compiled here ({type(error).__name__})"
         raise OSError(f"{problem}; use --no-compile") from error
     finally:
-        runner.zero_grad(set_to_none=True)
+        runner.zero_grad()
 
 
 def find_micro_batch_size(config: TrainConfig, model: GPT, runner: Any, process: Process) -> int:
@@ -724,13 +718,12 @@ def find_micro_batch_size(config: TrainConfig, model: GPT, runner: Any, process:
     size = min(share, max(1, most // T))
     while size > 1 and (share % size or (on_gpu and not fits(model, runner, size, T, process))):
         size -= 1
-    return int(all_reduce(torch.full((), size, device=process.device), dist.ReduceOp.MIN))
+    return int(all_reduce(torch.tensor(size, device=process.device), dist.ReduceOp.MIN))
 
 
 def fits(model: GPT, runner: Any, size: int, T: int, process: Process) -> bool:
     """Whether a GPU has room for a pass over `size` sequences, besides the optimizer's two moments and the accumulated
     gradients."""
-    status(f"trying micro-batches of {size}")
     # The rest is for evaluation, samples and fragmentation.
     torch.cuda.set_per_process_memory_fraction(0.9)
     try:
@@ -756,13 +749,12 @@ def check_finite(step: int, loss: float, norm: float, scaler: torch.amp.GradScal
     raise FloatingPointError(f"{problem}; {good} with a lower --max-lr")
 
 
-def evaluate_only(config: TrainConfig, given: dict[str, Any] | None = None) -> int:
+def evaluate_only(config: TrainConfig, given: dict) -> int:
     """Evaluate --init-from or the newest checkpoint, and print the metrics as a table and, last, as a line of JSON. A
-    checkpoint is evaluated with its own settings, except for those in `given` (None: with those of `config`)."""
+    checkpoint is evaluated with its own settings, except for those in `given`."""
     source = prep.model_directory(config.init_from or config.out)
     if (source / "trainer.pt").exists():
-        saved = load_trainer(source)["config"]
-        config = resumed_config(config, given, saved, source)
+        config = replace(load_trainer(source)["config"], **given)
     status(f"reading {source}")
     data = Path(config.data)
     split = prep.open_split(data, "val", config.sequence_length)
@@ -772,17 +764,15 @@ def evaluate_only(config: TrainConfig, given: dict[str, Any] | None = None) -> i
     model.to(process.device)
     sets = open_evaluation(config, split, tokenizer, model.config.block_size)
     metrics = evaluate(model, sets, process)  # on all ranks
-    status("")
-    if process.rank == 0:
-        print(f"evaluation of {source}", describe_metrics(metrics), sep="\n")
-        print(json.dumps({"evaluated": str(source)} | metrics), flush=True)
+    say(f"evaluation of {source}\n{describe_metrics(metrics)}")
+    say(json.dumps({"evaluated": str(source)} | metrics))
     return 0
 
 
-def train(config: TrainConfig, given: dict[str, Any] | None = None) -> int:
-    """Train or resume, as `config` says. In a resumed run the checkpoint's settings hold, except for those in `given`
-    (None: all of `config`). Returns the exit status: 0, or 128 + the signal that interrupted the run. Raises
-    FloatingPointError when it diverges, and ValueError or OSError with a sentence for the user."""
+def train(config: TrainConfig, given: dict) -> int:
+    """Train or resume, as `config` says. In a resumed run the checkpoint's settings hold, except for those in `given`.
+    Returns the exit status: 0, or 128 + the signal that interrupted the run. Raises FloatingPointError when it
+    diverges, and ValueError or OSError with a sentence for the user."""
     # Where it starts: a checkpoint, given weights, or scratch
     out = Path(config.out)
     checkpoint = find_checkpoint(config)
@@ -793,7 +783,7 @@ def train(config: TrainConfig, given: dict[str, Any] | None = None) -> int:
         trainer = load_trainer(checkpoint)
         step = trainer["step"]
         seconds = trainer["seconds"]
-        config = resumed_config(config, given, trainer["config"], checkpoint)
+        config = resumed_config(trainer["config"], given, checkpoint)
     elif config.init_from:
         source = prep.model_directory(config.init_from)
     check_config(config)
@@ -821,13 +811,18 @@ def train(config: TrainConfig, given: dict[str, Any] | None = None) -> int:
     main_process = process.rank == 0
     check_ranks_agree(config, step, shards)
     model.to(device).train()
-    compiled = can_compile(device) if config.compile is None else config.compile
-    runner = wrap_model(model, compiled, process)
+    compiled = config.compile
+    if compiled is None:
+        compiled = device.type == "cuda" and has_triton()
+    # What the loop calls, with the parameters of the model. Not dynamic, or a second size of
+    # micro-batch would be compiled for all sizes, and be slower.
+    runner = torch.compile(model, dynamic=False) if compiled else model
+    if process.world_size > 1:
+        runner = DistributedDataParallel(runner, gradient_as_bucket_view=True)
     size = config.micro_batch_size or find_micro_batch_size(config, model, runner, process)
     if runner is not model:
         # Compilation stays out of the first update, and DistributedDataParallel settles its order of
         # summation, so that a resumed run adds gradients in the same order.
-        status("compiling" if compiled else "connecting")
         pass_over_zeros(runner, size, T, process, sync=True)
 
     # The optimizer
@@ -838,7 +833,7 @@ def train(config: TrainConfig, given: dict[str, Any] | None = None) -> int:
     if checkpoint:
         with prep.reading(checkpoint / "trainer.pt"):
             gpt.load_optimizer(optimizer, trainer["optimizer"])
-            if scaler.is_enabled() and trainer["scaler"]:
+            if trainer["scaler"]:
                 scaler.load_state_dict(trainer["scaler"])
 
     # The log
@@ -866,8 +861,14 @@ def train(config: TrainConfig, given: dict[str, Any] | None = None) -> int:
 
     def log_update(step: int, loss: float, lr: float, norm: float, dt: float) -> None:
         rate = batch_tokens / dt
-        entry = {"step": step, "seconds": seconds, "train_loss": loss, "lr": lr}
-        entry |= {"grad_norm": norm if math.isfinite(norm) else None, "tokens_per_second": rate}
+        entry = {
+            "step": step,
+            "seconds": seconds,
+            "train_loss": loss,
+            "lr": lr,
+            "grad_norm": norm if math.isfinite(norm) else None,
+            "tokens_per_second": rate,
+        }
         line = f"step {step}  loss {loss:.4f}  lr {lr:.1e}  norm {norm:.2f}  {rate:,.0f} tok/s"
         if peak_flops and process.dtype != torch.float32:
             entry["mfu"] = rate * flops_per_token / (peak_flops * process.world_size)
@@ -889,8 +890,14 @@ def train(config: TrainConfig, given: dict[str, Any] | None = None) -> int:
         if zero:
             optimizer.consolidate_state_dict(to=0)
         if main_process:
-            trainer = {"config": asdict(config), "step": step, "seconds": seconds, "shards": shards}
-            trainer |= {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
+            trainer = {
+                "config": asdict(config),
+                "step": step,
+                "seconds": seconds,
+                "shards": shards,
+                "optimizer": optimizer.state_dict(),
+                "scaler": scaler.state_dict(),
+            }
             path = save_checkpoint(out, model, trainer, tokenizer.name, tokenizer_files)
             prune(out, path, config.keep_checkpoints)
             say(f"step {step}  checkpoint {path}")
@@ -935,7 +942,7 @@ def train(config: TrainConfig, given: dict[str, Any] | None = None) -> int:
         check_finite(step, mean_loss, mean_norm, scaler, saved)
         scaler.step(optimizer)
         scaler.update()
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad()
 
         dt = time.perf_counter() - began
         seconds += dt
