@@ -41,20 +41,19 @@ def stream_decoder(tokenizer: tiktoken.Encoding) -> Callable[[int], str]:
 
 def read_prompts(args: argparse.Namespace) -> Iterator[str]:
     """The prompt, from the command line or standard input; with --interactive, each line of standard input."""
-    with suppress(AttributeError):  # a replacement of standard input may lack this
-        sys.stdin.reconfigure(errors="surrogateescape")  # encode_prompt() refuses what is not UTF-8
-    if not args.interactive:
-        text = args.prompt
-        if text == "-":
-            text = sys.stdin.read().removeprefix("\ufeff").removesuffix("\n").removesuffix("\r")
-        yield text
-        return
-    with suppress(ImportError):  # some builds of Python lack it
-        import readline  # noqa: F401  (which gives input() arrow keys and a history)
-    with suppress(EOFError):
-        while True:
-            line = input("> " if sys.stdout.isatty() else "")
-            yield line.removeprefix("\ufeff").removesuffix("\r")
+    if args.interactive or args.prompt == "-":
+        # Without a byte-order mark, with any line ends; encode_prompt() refuses what is not UTF-8.
+        sys.stdin.reconfigure(encoding="utf-8-sig", errors="surrogateescape", newline=None)
+    if args.interactive:
+        with suppress(ImportError):  # some builds of Python lack it
+            import readline  # noqa: F401  (which gives input() arrow keys and a history)
+        with suppress(EOFError):
+            while True:
+                yield input("> " if sys.stdout.isatty() else "")
+    elif args.prompt == "-":
+        yield sys.stdin.read().removesuffix("\n")
+    else:
+        yield args.prompt
 
 
 def encode_prompt(prompt: str, tokenizer: tiktoken.Encoding, block_size: int) -> list[int]:
@@ -75,12 +74,11 @@ def print_samples(
     model: gpt.GPT, tokenizer: tiktoken.Encoding, prompt: str, args: argparse.Namespace, generator: torch.Generator
 ) -> None:
     """Print the first sample as it is generated, then the others, each below a line of dashes."""
-    device = model.transformer.wte.weight.device
     tokens = encode_prompt(prompt, tokenizer, model.config.block_size)
     began = time.perf_counter()
     steps = gpt.generate(
         model,
-        torch.tensor([tokens] * args.num_samples, device=device),
+        torch.tensor([tokens] * args.num_samples, device=generator.device),
         args.max_new_tokens,
         temperature=args.temperature,
         top_k=args.top_k or None,
@@ -106,11 +104,8 @@ def print_samples(
 def sample(args: argparse.Namespace) -> None:
     directory = prep.model_directory(args.model)
     device = gpt.choose_device(args.device)
-    config, tokenizer_name = gpt.read_config(directory)
+    _, tokenizer_name = gpt.read_config(directory)
     tokenizer = prep.get_tokenizer(tokenizer_name)
-    if config.vocab_size > tokenizer.n_vocab:
-        problem = f"{directory} has a vocabulary of {config.vocab_size}"
-        prep.say(f"{problem}; the {tokenizer.n_vocab} tokens of {tokenizer_name} are used", sys.stderr)
     prep.status(f"reading {directory}")
     model = gpt.load_model(directory, vocab_size=tokenizer.n_vocab)
     model = gpt.center_logits(model).to(device, gpt.choose_dtype(args.dtype, device))
