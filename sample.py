@@ -26,7 +26,7 @@ except KeyboardInterrupt:
     sys.exit(130)
 
 
-def stream_decoder(tokenizer: tiktoken.Encoding) -> Callable[[int], str]:
+def stream_decoder(tokenizer: tiktoken.Encoding) -> Callable:
     """Return a function that turns tokens into text one by one: a character spread over several tokens appears with the
     last of them, and <|endoftext|> is not shown."""
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
@@ -39,11 +39,12 @@ def stream_decoder(tokenizer: tiktoken.Encoding) -> Callable[[int], str]:
     return decode
 
 
-def read_prompts(args: argparse.Namespace) -> Iterator[str]:
+def read_prompts(args: argparse.Namespace) -> Iterator:
     """The prompt, from the command line or standard input; with --interactive, each line of standard input."""
     if args.interactive or args.prompt == "-":
-        # Without a byte-order mark, with any line ends; encode_prompt() refuses what is not UTF-8.
-        sys.stdin.reconfigure(encoding="utf-8-sig", errors="surrogateescape", newline=None)
+        # A byte-order mark is no text, all line ends become a line feed, and a bad byte does not end a session.
+        errors = "replace" if args.interactive else "strict"
+        sys.stdin.reconfigure(encoding="utf-8-sig", errors=errors, newline=None)
     if args.interactive:
         with suppress(ImportError):  # some builds of Python lack it
             import readline  # noqa: F401  (which gives input() arrow keys and a history)
@@ -58,11 +59,7 @@ def read_prompts(args: argparse.Namespace) -> Iterator[str]:
 
 def encode_prompt(prompt: str, tokenizer: tiktoken.Encoding, block_size: int) -> list[int]:
     """The last `block_size` tokens of a prompt, in which <|endoftext|> stands for the token; an empty prompt becomes
-    that token. Raises ValueError if the prompt was not UTF-8."""
-    try:
-        prompt.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError("the prompt is not UTF-8") from error
+    that token."""
     tokens = prep.tokenize(prompt.split("<|endoftext|>"), tokenizer).tolist()
     tokens = tokens[1:] or tokens  # tokenize() puts one <|endoftext|> before the first part
     if len(tokens) > block_size:
@@ -96,7 +93,7 @@ def print_samples(
     _, *others = zip(*drawn, strict=True)
     for other in others:
         text = "".join(map(decode, (*other, tokenizer.eot_token)))
-        print("-" * 80, prompt + text, sep="\n", flush=True)
+        print("-" * 80, prompt + text, sep="\n")
     count = len(drawn) * args.num_samples
     print(f"{count} tokens, {count / (time.perf_counter() - began):.1f} tokens/s", file=sys.stderr)
 
@@ -112,15 +109,10 @@ def sample(args: argparse.Namespace) -> None:
     prep.say(f"{directory}: {gpt.parameter_count(model):,} parameters, {device}", sys.stderr)
     generator = torch.Generator(device).manual_seed(args.seed)
     for prompt in read_prompts(args):
-        try:
-            print_samples(model, tokenizer, prompt, args, generator)
-        except ValueError as error:
-            if not args.interactive:
-                raise
-            prep.say(f"{error}; try another", sys.stderr)
+        print_samples(model, tokenizer, prompt, args, generator)
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: list | None = None) -> None:
     parser = prep.new_parser(__doc__)
     add = parser.add_argument
     number = prep.number
