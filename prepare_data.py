@@ -485,9 +485,8 @@ def write_demo(path: Path) -> RawFile:
     """The topics of Python's own manual, which ships with CPython, as a local file."""
     from pydoc_data.topics import topics
 
-    lines = [json.dumps({"text": topics[name]}).encode() + b"\n" for name in sorted(topics)]
-    write_atomically(path, lines)
-    return local_file(path)._replace(modified=0)  # rewritten by each command
+    path.write_text(END_OF_TEXT.join(topics[name] for name in sorted(topics)), encoding="utf-8")
+    return local_file(path)
 
 
 def list_corpus(settings: dict) -> list:
@@ -560,18 +559,19 @@ def open_meta(settings: dict, files: list, out: Path) -> dict:
             if min(meta["position"]) < 0 or meta["position"] > [len(meta["files"]), 0, 0]:
                 raise ValueError("its position is out of range")
         changed = [name for name, value in settings.items() if meta.get(name) != value]
-        begun = meta["position"] != START
-        if begun and changed:
+        if not changed:
+            return meta
+        if meta["position"] != START:
             problem = f"{out} was prepared differently: {changed[0]} was {meta.get(changed[0])}"
             raise ValueError(f"{problem}, now {settings[changed[0]]}; choose another --out")
-        if begun:
-            return meta
     elif any(out.glob("*.bin")):
         raise FileExistsError(f"{out} has shards that this script did not write; choose another --out")
     meta = settings | {split: dict.fromkeys(COUNTS, 0) for split in ("train", "val")}
     meta["vocab_size"] = VOCAB_SIZES[meta["tokenizer"]]
     meta["position"] = START
-    meta["files"] = files or list_corpus(settings)  # kept, since the hub's listing may change
+    # Kept, since the hub's listing may change, but without what depends on the machine.
+    files = files or list_corpus(settings)
+    meta["files"] = [file._replace(name=Path(file.name).name, modified=0) for file in files]
     write_meta(out, meta)
     return meta
 
@@ -590,18 +590,13 @@ def check_prepared(out: Path, meta: dict) -> bool:
     return complete
 
 
-def check_unchanged(out: Path, meta: dict, files: list) -> None:
-    """Raise ValueError for an input that has changed since the preparation began, which cannot continue then."""
-    for file, before in zip(files, meta["files"], strict=True):
-        if not before.modified:  # not a file of the user's
-            continue
-        now = os.stat(file.name)
-        if (now.st_size, now.st_mtime_ns) != (before.size, before.modified):
-            # For good, even if the file is restored: some shards may be of the changed text.
-            meta["files"] = [other._replace(modified=-1) for other in meta["files"]]
-            write_meta(out, meta)
+def check_unchanged(files: list) -> None:
+    """Raise ValueError if a file of the user's has changed since its sha256 was taken. Checked after a shard's text is
+    read and before it is written, so that no shard is of another text than the first."""
+    for file in files:
+        if not file.url and os.stat(file.name).st_mtime_ns != file.modified:
             problem = f"{file.name} has changed since its preparation began"
-            raise ValueError(f"{problem}; delete {out} and prepare it again")
+            raise ValueError(f"{problem}; restore it, or choose another --out")
 
 
 def choose_val_tokens(batches: Iterator, meta: dict) -> Iterator:
@@ -630,7 +625,6 @@ def prepare(settings: dict, files: list, out: Path, workers: int) -> dict:
         say(f"{out} is already prepared")
         return meta
     files = files or meta["files"]
-    check_unchanged(out, meta, files)
     work = out / ".work"
     # Numbered, since base names may repeat.
     paths = [work / f"{i:06d}-{Path(file.name).name}" for i, file in enumerate(files)]
@@ -650,6 +644,7 @@ def prepare(settings: dict, files: list, out: Path, workers: int) -> dict:
             used += len(piece)
             room -= len(piece)
             if room == 0:
+                check_unchanged(files)
                 add_shard(out, meta, pieces, split, [*place, used])
                 split, room = next_shard(meta)
                 pieces = []
@@ -658,14 +653,11 @@ def prepare(settings: dict, files: list, out: Path, workers: int) -> dict:
         status(f"file {place[0] + 1} of {len(files)}: {room:,} tokens to the next shard")
         if room == 0:
             break
+    check_unchanged(files)
     if pieces:
         add_shard(out, meta, pieces, split, [len(files), 0, 0])
-    check_unchanged(out, meta, files)
     if not shard_names(meta):
         raise ValueError(f"{', '.join(file.name for file in files)} has no text")
-    # The finished meta.json must not depend on the machine.
-    meta["files"] = [file._replace(name=Path(file.name).name, modified=0) for file in files]
-    write_meta(out, meta)
     add_checksums(out, ["meta.json"])
     for path in paths:
         path.unlink(missing_ok=True)
@@ -974,7 +966,7 @@ def prepare_source(source: str | None, args: argparse.Namespace) -> None:
             say(f"{source}: {download(FILES[source], out / FILES[source].name)}")
             return add_checksums(out, [FILES[source].name])
         if source == "demo":
-            files = [write_demo(Path(scratch) / "topics.jsonl")]
+            files = [write_demo(Path(scratch) / "topics.txt")]
         settings = {  # together, these determine every byte of the result
             "source": source or [[Path(file.name).name, file.size, file.sha256] for file in files],
             "subset": args.subset if source in HUB_DATASETS else None,
