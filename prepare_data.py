@@ -394,18 +394,16 @@ class Split(NamedTuple):
 
 def read_meta(directory: Path) -> dict:
     """A data directory's meta.json, with at least "tokenizer" and "vocab_size". Shards without one are taken to be
-    another program's, in GPT-2's tokens. Raises ValueError for incomplete or damaged data, FileNotFoundError."""
+    another program's, in GPT-2's tokens. Raises ValueError for incomplete or damaged data."""
     path = directory / "meta.json"
-    if not directory.is_dir():
-        raise FileNotFoundError(f"{directory} does not exist; run prepare_data.py first")
     # SHA256SUMS lists meta.json once the directory is complete.
     if path.name not in read_checksums(directory):
         if path.exists():
             raise ValueError(f"{directory} is incomplete; run its prepare_data.py command again")
         return {"tokenizer": "gpt2", "vocab_size": VOCAB_SIZES["gpt2"]}
     check_checksums(directory, [path.name])
-    meta = read_object(path.read_bytes(), path)
     with reading(path):
+        meta = json.loads(path.read_bytes())
         return meta | {"vocab_size": VOCAB_SIZES[meta["tokenizer"]]}
 
 
@@ -414,14 +412,12 @@ def open_split(directory: Path, name: str, sequence_length: int) -> Split:
     Raises ValueError for shards that are missing, damaged, unlisted or too short, FileNotFoundError for none."""
     vocab_size = read_meta(directory)["vocab_size"]
     paths = sorted(directory.glob(f"*{name}_*.bin")) or sorted(directory.glob(f"*_{name}.bin"))
+    found = {path.name for path in paths}
     listed = read_checksums(directory)
-    if listed:
-        found = {path.name for path in paths}
-        missing = {file for file in listed if file.startswith(f"{name}_")} - found
-        unlisted = found - listed.keys()
-        if missing or unlisted:
-            problem = f"{directory / min(missing | unlisted)} is missing, or not in SHA256SUMS"
-            raise ValueError(f"{problem}; restore it, or prepare the data again with another --out")
+    expected = {file for file in listed if name in file}
+    if listed and found != expected:
+        problem = f"{directory / min(found ^ expected)} is missing, or not in SHA256SUMS"
+        raise ValueError(f"{problem}; restore it, or prepare the data again with another --out")
     if not paths:
         raise FileNotFoundError(f"{directory} contains no {name} shards; run prepare_data.py first")
     tokens = [read_header(path) for path in paths]
@@ -550,8 +546,8 @@ def open_meta(settings: dict, files: list, out: Path) -> dict:
     """The meta.json of an earlier run with these settings, or a new one. Raises ValueError or FileExistsError."""
     path = out / "meta.json"
     if path.exists():
-        meta = read_object(path.read_bytes(), path)
         with reading(path):
+            meta = json.loads(path.read_bytes())
             for split in ("train", "val"):
                 meta[split] = {name: int(meta[split][name]) for name in COUNTS}
             meta["files"] = [RawFile(*file) for file in meta["files"]]
@@ -578,16 +574,12 @@ def open_meta(settings: dict, files: list, out: Path) -> dict:
 
 def check_prepared(out: Path, meta: dict) -> bool:
     """Check what earlier runs have written, and return whether it is complete. Raises ValueError."""
-    listed = read_checksums(out)
-    complete = "meta.json" in listed
-    names = set(shard_names(meta))
-    if complete:
-        names |= listed.keys() | {path.name for path in out.glob("*.bin")}
+    names = {*shard_names(meta), *read_checksums(out)}
     try:
         check_checksums(out, sorted(names))
     except (ValueError, FileNotFoundError) as error:
         raise ValueError(f"{error}; restore it, or delete {out} and prepare it again") from error
-    return complete
+    return "meta.json" in names
 
 
 def check_unchanged(files: list) -> None:
@@ -675,20 +667,19 @@ CHECKPOINT_FILES = (*MODEL_FILES, "trainer.pt", *TOKENIZER_FILES)
 
 def checkpoints(run: Path) -> list[Path]:
     """The checkpoints of a run, `step_NNNNNN`, oldest first, whole or damaged."""
-    name = re.compile(r"step_([0-9]{6}|[1-9][0-9]{6,})")
-    named = [path for path in run.glob("step_*/") if name.fullmatch(path.name) and is_checkpoint(path)]
-    return sorted(named, key=lambda path: int(path.name[5:]))
+    found = filter(is_checkpoint, run.glob("step_*/"))
+    return sorted(found, key=lambda path: int(path.name[5:]))
 
 
 def is_checkpoint(directory: Path) -> bool:
-    """Whether a directory named like a checkpoint is one, whole or damaged, and no renamed copy or the user's own."""
+    """Whether a directory is a checkpoint, whole or damaged, and no renamed copy or the user's own."""
     import torch  # slow to import, and not needed to prepare data
 
     path = directory / "trainer.pt"
     with suppress(Exception):  # a damaged checkpoint is one
         trainer = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        return trainer["step"] == int(directory.name[5:])
-    return path.exists()
+        return directory.name == f"step_{trainer['step']:06d}"
+    return path.exists() and re.fullmatch("step_[0-9]{6,}", directory.name) is not None
 
 
 def newest_checkpoint(run: Path) -> Path | None:
@@ -719,8 +710,8 @@ def model_directory(name_or_dir: str | Path) -> Path:
         if not checkpoint:
             raise FileNotFoundError(f"{run} has no intact checkpoint; restore one")
         return checkpoint
-    if str(name_or_dir) in OPENAI_MODELS:
-        return fetch_model(str(name_or_dir))
+    if name_or_dir in OPENAI_MODELS:
+        return fetch_model(name_or_dir)
     choices = f"a checkpoint, a run, or one of {', '.join(OPENAI_MODELS)}"
     raise FileNotFoundError(f"{directory.absolute()} is not a model; train one, or name {choices}")
 
@@ -945,10 +936,8 @@ def check_checksums(directory: Path, names: Iterable) -> None:
         path = directory / name
         if not path.is_file():
             raise FileNotFoundError(f"{path} is missing")
-        if name not in checksums:
-            raise ValueError(f"{path} is not listed in SHA256SUMS")
-        if sha256_of(path) != checksums[name]:
-            raise ValueError(f"{path} is damaged: its sha256 does not match")
+        if sha256_of(path) != checksums.get(name):
+            raise ValueError(f"{path} is damaged: SHA256SUMS does not have its sha256")
 
 
 # The command line
