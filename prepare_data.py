@@ -83,9 +83,7 @@ def token_bytes(tokenizer: tiktoken.Encoding) -> np.ndarray:
 
 def tokenizer_files(name: str, block_size: int) -> dict:
     """The files of a tokenizer by name, as transformers reads them."""
-    config = {"tokenizer_class": "GPT2Tokenizer", "add_prefix_space": False}
-    config["model_max_length"] = block_size
-    config |= dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT)
+    config = {"tokenizer_class": "GPT2Tokenizer", "model_max_length": block_size}
     if name == "gpt2":
         # OpenAI's own, in tiktoken's cache since get_tokenizer()
         vocab = read_file_cached(f"{GPT2_ENCODING}/encoder.json")
@@ -93,12 +91,12 @@ def tokenizer_files(name: str, block_size: int) -> dict:
     else:
         # GPT-2 spells bytes as characters: printable ones as in Latin-1, the others from chr(256) on.
         others = [*range(33), *range(127, 161), 173]
-        spelling = {byte: 256 + i for i, byte in enumerate(others)}
-        characters = [chr(spelling.get(byte, byte)) for byte in range(256)]
+        characters = [chr(byte) for byte in range(256)]
+        for i, byte in enumerate(others):
+            characters[byte] = chr(256 + i)
         vocab = json.dumps({text: i for i, text in enumerate([*characters, END_OF_TEXT])}).encode()
         merges = b"#version: 0.2\n"
-    config = json.dumps(config).encode()
-    return {"vocab.json": vocab, "merges.txt": merges, "tokenizer_config.json": config}
+    return {"vocab.json": vocab, "merges.txt": merges, "tokenizer_config.json": json.dumps(config).encode()}
 
 
 # Documents
@@ -211,7 +209,7 @@ def tokenize(texts: list[str], tokenizer: tiktoken.Encoding) -> np.ndarray:
         pieces.append([tokenizer.eot_token])
         for part in cut_white_space(text):
             pieces.append(tokenizer.encode_to_numpy(part, disallowed_special=()))
-    return np.concatenate(pieces, dtype=np.uint16, casting="unsafe")
+    return np.concatenate(pieces, dtype="<u2", casting="unsafe")
 
 
 # Downloads
@@ -241,15 +239,22 @@ def get(url: str, first: int = 0) -> requests.Response:
     token = os.environ.get("HF_TOKEN", "").strip()
     if token and url.startswith(hub + "/"):
         headers["Authorization"] = f"Bearer {token}"
-    busy = (408, 429, 500, 502, 503, 504)
-    waits = {"backoff_factor": 1, "backoff_max": 60, "retry_after_max": 60}
-    retries = Retry(8, connect=2, read=2, status_forcelist=busy, raise_on_status=False, **waits)
+    retries = Retry(
+        8,
+        connect=2,
+        read=2,
+        status_forcelist=(408, 429, 500, 502, 503, 504),
+        backoff_factor=1,
+        backoff_max=60,
+        retry_after_max=60,
+        raise_on_status=False,
+    )
     session = requests.Session()
     session.auth = lambda request: request  # or .netrc's password would replace the token
     for scheme in ("http://", "https://"):
         session.mount(scheme, requests.adapters.HTTPAdapter(max_retries=retries))
     response = session.get(url, headers=headers, stream=True, timeout=(10, 30))
-    if response.status_code not in (200, 206):
+    if not response.ok:
         raise requests.HTTPError(f"the server answered {response.status_code}")
     return response
 
@@ -275,12 +280,11 @@ def list_hub(repository: str, folder: str = "") -> list:
     deadline = time.monotonic() + 60
     files = set()
     while url:
-        page = b""
+        status(f"fetching {name}")
         with fetching(name), get(url) as response:
-            for piece in iter(lambda: response.raw.read1(1 << 16), b""):
-                page += piece
-                if time.monotonic() > deadline:
-                    raise TimeoutError
+            page = response.content
+            if time.monotonic() > deadline:
+                raise TimeoutError
         with reading(name):
             for entry in json.loads(page):
                 path = str(entry["path"])
@@ -450,7 +454,7 @@ def read_sequences(split: Split, indices: np.ndarray) -> np.ndarray:
 
 # Corpora and evaluation sets
 
-HUB_DATASETS = {"fineweb-edu": "HuggingFaceFW/fineweb-edu", "fineweb": "HuggingFaceFW/fineweb"}
+HUB_DATASETS = ("fineweb-edu", "fineweb")  # of huggingface.co/HuggingFaceFW
 FILES = {  # by source: name, size, sha256, url
     "shakespeare": RawFile(
         "shakespeare.txt", 1_115_394, "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed",
@@ -493,7 +497,7 @@ def list_corpus(settings: dict) -> list:
         folder = subset.replace("sample-", "/sample/")
     needed = []
     tokens = 0
-    for file in list_hub(f"datasets/{HUB_DATASETS[settings['source']]}", folder):
+    for file in list_hub(f"datasets/HuggingFaceFW/{settings['source']}", folder):
         if file.name.endswith(".parquet") and tokens < (settings["max_tokens"] or sys.maxsize):
             needed.append(file)
             tokens += 0.2 * file.size  # a low estimate: there are about 0.3 tokens per byte
@@ -525,7 +529,7 @@ def add_shard(out: Path, meta: dict, pieces: list, split: str, position: list) -
     path = out / f"{split}_{counts['shards']:06d}.bin"
     header = np.zeros(HEADER_BYTES // 4, dtype="<i4")
     header[:3] = (SHARD_MAGIC, SHARD_VERSION, total)
-    write_atomically(path, [header, *(piece.astype("<u2") for piece in pieces)])
+    write_atomically(path, [header, *pieces])
     uses = sum(np.bincount(piece, minlength=tokenizer.n_vocab) for piece in pieces)  # of each token
     counts["shards"] += 1
     counts["documents"] += int(uses[tokenizer.eot_token])
@@ -965,7 +969,7 @@ def prepare_source(source: str | None, args: argparse.Namespace) -> None:
         }
         if args.val_tokens:
             settings["val_tokens"] = args.val_tokens
-        meta = prepare(settings, files, out, min(args.workers, os.cpu_count() or 1))
+        meta = prepare(settings, files, out, args.workers)
     train_tokens = meta["train"]["tokens"]
     say(f"{out}: {train_tokens:,} tokens for training, {meta['val']['tokens']:,} for validation")
     data = f"--data={shlex.quote(str(out))}"
@@ -991,7 +995,7 @@ def main(argv: list | None = None) -> None:
     add("--shard-tokens", type=number(int, 1, 2**31 - 1), default=10**8, help="tokens in a shard (default: 100M)")
     add("--val-tokens", type=amount, help="validation tokens (default: a tenth, at most 1M; FineWeb: 100M)")
     add("--max-tokens", type=amount, help="tokens in both splits together (default: all)")
-    add("--workers", type=number(int, 1, 1024), default=1024, help="threads (default: one per core)")
+    add("--workers", type=number(int, 1, 1024), default=os.cpu_count(), help="threads (default: one per core)")
     args = parser.parse_args(argv)
     sources = [args.source] if args.input or args.source else [*EVALUATION_SETS, "fineweb-edu"]
     with one_line_errors("prepare_data.py", "use fewer --workers"):
