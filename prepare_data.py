@@ -124,7 +124,8 @@ def read_txt(path: Path) -> Iterator:
 
 def read_jsonl(path: Path) -> Iterator:
     """The field "text" of each line, None for a blank line. json.loads skips a byte-order mark."""
-    with gzip.open(path) if path.name.lower().endswith(".gz") else open(path, "rb") as file:
+    opener = gzip.open if path.suffix.lower() == ".gz" else open
+    with opener(path, "rb") as file:
         for line in iter(lambda: file.readline(MOST_BYTES + 1), b""):
             check_size(len(line))
             yield read_object(line, "its JSON").get("text", 0) if line.strip() else None
@@ -138,15 +139,7 @@ def read_parquet(path: Path) -> Iterator:
         yield from batch["text"].to_pylist()
 
 
-READERS = {".txt": read_txt, ".jsonl": read_jsonl, ".jsonl.gz": read_jsonl, ".parquet": read_parquet}
-
-
-def find_reader(path: Path) -> Callable:
-    """The reader for a file's format. Raises ValueError if the format is unknown."""
-    for ending, reader in READERS.items():
-        if path.name.lower().endswith(ending):
-            return reader
-    raise ValueError(f"{path} is not a file of a known format ({', '.join(READERS)})")
+READERS = {".txt": read_txt, ".jsonl": read_jsonl, ".gz": read_jsonl, ".parquet": read_parquet}
 
 
 def read_texts(path: Path) -> Iterator:
@@ -155,7 +148,7 @@ def read_texts(path: Path) -> Iterator:
     line = 1
     separators = 0
     try:
-        for text in find_reader(path)(path):
+        for text in READERS[path.suffix.lower()](path):
             if not isinstance(text, str | None):
                 raise ValueError('each document needs a string in the field "text"')
             text = text or ""
@@ -165,7 +158,7 @@ def read_texts(path: Path) -> Iterator:
             line += 1
             separators += text.count(END_OF_TEXT)
     except Exception as error:  # of the file system, zlib, JSON, pyarrow, ...
-        where = f"{path}, line {line:,}," if ".jsonl" in path.name.lower() else path
+        where = f"{path}, line {line:,}," if ".json" in path.name.lower() else path
         raise ValueError(f"{where} cannot be read: {str(error) or type(error).__name__}") from error
     if separators:
         say(f"warning: {path} has {separators:,} {END_OF_TEXT} in its texts, kept as ordinary text", sys.stderr)
@@ -365,8 +358,7 @@ def tokenize_in_order(files: list, paths: list, start: list, tokenizer_name: str
 
 # Shards
 
-SHARD_MAGIC = 20240520
-SHARD_VERSION = 1
+SHARD_MAGIC = (20240520, 1)  # and the version of the format
 HEADER_BYTES = 1024
 
 
@@ -377,7 +369,7 @@ def read_header(path: Path) -> int:
     size = path.stat().st_size
     tokens = (size - HEADER_BYTES) // 2
     header = np.fromfile(path, dtype="<i4", count=3).tolist()
-    if header != [SHARD_MAGIC, SHARD_VERSION, tokens] or size % 2 or tokens < 1:
+    if header != [*SHARD_MAGIC, tokens] or size % 2 or tokens < 1:
         raise ValueError(f"{path} is damaged, empty, or not a token shard: {size:,} bytes")
     return tokens
 
@@ -476,7 +468,8 @@ def local_file(path: Path) -> RawFile:
     """A file of the user's. Raises FileNotFoundError or ValueError for one that cannot be read as text."""
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist, or is not a file")
-    find_reader(path)
+    if path.suffix.lower() not in READERS:
+        raise ValueError(f"{path} is not a file of a known format (.txt, .jsonl, .jsonl.gz, .parquet)")
     stat = path.stat()
     return RawFile(str(path), stat.st_size, sha256_of(path), modified=stat.st_mtime_ns)
 
@@ -528,7 +521,7 @@ def add_shard(out: Path, meta: dict, pieces: list, split: str, position: list) -
     total = sum(map(len, pieces))
     path = out / f"{split}_{counts['shards']:06d}.bin"
     header = np.zeros(HEADER_BYTES // 4, dtype="<i4")
-    header[:3] = (SHARD_MAGIC, SHARD_VERSION, total)
+    header[:3] = (*SHARD_MAGIC, total)
     write_atomically(path, [header, *pieces])
     uses = sum(np.bincount(piece, minlength=tokenizer.n_vocab) for piece in pieces)  # of each token
     counts["shards"] += 1
@@ -621,7 +614,7 @@ def prepare(settings: dict, files: list, out: Path, workers: int) -> dict:
         say(f"{out} is already prepared")
         return meta
     files = files or meta["files"]
-    work = out / ".work"
+    work = out / ".prepare_data"
     # Numbered, since base names may repeat.
     paths = [work / f"{i:06d}-{Path(file.name).name}" for i, file in enumerate(files)]
     *start, skip = meta["position"]
@@ -655,10 +648,7 @@ def prepare(settings: dict, files: list, out: Path, workers: int) -> dict:
     if not shard_names(meta):
         raise ValueError(f"{', '.join(file.name for file in files)} has no text")
     add_checksums(out, ["meta.json"])
-    for path in paths:
-        path.unlink(missing_ok=True)
-    with suppress(OSError):  # it does not exist, or holds something of the user's
-        work.rmdir()
+    shutil.rmtree(work, ignore_errors=True)
     return meta
 
 
@@ -745,8 +735,7 @@ def one_line_errors(script: str, memory_advice: str) -> Iterator:
     for name in ("stdin", "stdout", "stderr"):
         if getattr(sys, name) is None:  # it was closed
             setattr(sys, name, open(os.devnull, "r+"))
-    with suppress(AttributeError):  # a test's replacement
-        sys.stdout.reconfigure(errors="replace")
+    sys.stdout.reconfigure(errors="replace")
     try:
         yield
     except KeyboardInterrupt:
@@ -952,12 +941,13 @@ def prepare_source(source: str | None, args: argparse.Namespace) -> None:
     name = source or Path(args.input[0]).name.split(".")[0] or "text"
     out = Path(args.out or f"data/{name}")
     files = [local_file(Path(path)) for path in args.input or []]
-    if source == "shakespeare":
+    if source in FILES:
         files = [FILES[source]]
     with locked(out), tempfile.TemporaryDirectory() as scratch:
         if source in EVALUATION_SETS:
-            say(f"{source}: {download(FILES[source], out / FILES[source].name)}")
-            return add_checksums(out, [FILES[source].name])
+            path = download(files[0], out / files[0].name)
+            add_checksums(out, [path.name])
+            return say(f"{source}: {path}")
         if source == "demo":
             files = [write_demo(Path(scratch) / "topics.txt")]
         settings = {  # together, these determine every byte of the result
@@ -988,7 +978,7 @@ def main(argv: list | None = None) -> None:
     origin = parser.add_mutually_exclusive_group()
     amount = number(int, 1, 10**15)
     origin.add_argument("--source", choices=SOURCES, help="what to prepare (default: fineweb-edu, evaluation sets)")
-    origin.add_argument("--input", nargs="+", metavar="FILE", help="your own text: " + ", ".join(READERS))
+    origin.add_argument("--input", nargs="+", metavar="FILE", help="your own text: .txt, .jsonl, .jsonl.gz, .parquet")
     add("--subset", default="sample-10BT", help="sample or dump of FineWeb (default: sample-10BT)")
     add("--out", help="output directory (default: data/NAME); without --source, of FineWeb-Edu")
     add("--tokenizer", choices=VOCAB_SIZES, help="tokenizer (default: gpt2; byte for the demo)")

@@ -759,7 +759,7 @@ def test_fineweb_is_fetched_through_faults(site: Site, tmp_path: Path, monkeypat
     addresses = serve_hub(site, texts)
     site.faults[:] = ["503", "", "", "503", "429", "drop", "drop", "ignore range", "drop"]  # the first page, the next
     out = prepare(tmp_path / "out", "--shard-tokens", "50k", "--val-tokens", "10k")
-    assert np.array_equal(read_shards(out), byte_tokens(texts)) and not (out / ".work").exists()
+    assert np.array_equal(read_shards(out), byte_tokens(texts)) and not (out / ".prepare_data").exists()
     assert not site.faults and any("Range" in headers for _, headers in site.requests)
     site.requests.clear()
     prepare(tmp_path / "small", "--max-tokens", "20k")  # which needs the first file only
