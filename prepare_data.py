@@ -51,6 +51,7 @@ except KeyboardInterrupt:
 VOCAB_SIZES = {"gpt2": 50257, "byte": 257}
 TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer_config.json")
 END_OF_TEXT = "<|endoftext|>"
+TOKENIZER_ADVICE = "connect to the Internet, or set TIKTOKEN_CACHE_DIR to a cache that contains it"
 GPT2_ENCODING = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main"
 # GPT-2's pattern with all but the lookahead in one group, which tiktoken matches much faster.
 GPT2_PATTERN = r"(?:'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+$)|\s+(?!\S)|\s"
@@ -63,8 +64,7 @@ def get_tokenizer(name: str, thread: int = 0) -> tiktoken.Encoding:
     pattern = r"(?s:.{1,512})"
     ranks = {bytes([byte]): byte for byte in range(256)}
     if name == "gpt2":
-        advice = "connect to the Internet, or set TIKTOKEN_CACHE_DIR to a cache that contains it"
-        with fetching("GPT-2's tokenizer", advice):
+        with fetching("GPT-2's tokenizer", TOKENIZER_ADVICE):
             # In a thread, since tiktoken has no timeout of its own.
             ranks = begin(tiktoken.get_encoding, name).result(timeout=120)._mergeable_ranks
         pattern = GPT2_PATTERN
@@ -83,22 +83,21 @@ def token_bytes(tokenizer: tiktoken.Encoding) -> np.ndarray:
 
 def tokenizer_files(name: str, block_size: int) -> dict:
     """The files of a tokenizer by name, as transformers reads them."""
-    config = {"tokenizer_class": "GPT2Tokenizer", "add_prefix_space": False}
-    config["model_max_length"] = block_size
-    config |= dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT)
+    config = {"tokenizer_class": "GPT2Tokenizer", "model_max_length": block_size}
     if name == "gpt2":
         # OpenAI's own, in tiktoken's cache since get_tokenizer()
-        vocab = read_file_cached(f"{GPT2_ENCODING}/encoder.json")
-        merges = read_file_cached(f"{GPT2_ENCODING}/vocab.bpe")
+        with fetching("GPT-2's tokenizer", TOKENIZER_ADVICE):
+            vocab = read_file_cached(f"{GPT2_ENCODING}/encoder.json")
+            merges = read_file_cached(f"{GPT2_ENCODING}/vocab.bpe")
     else:
         # GPT-2 spells bytes as characters: printable ones as in Latin-1, the others from chr(256) on.
         others = [*range(33), *range(127, 161), 173]
-        spelling = {byte: 256 + i for i, byte in enumerate(others)}
-        characters = [chr(spelling.get(byte, byte)) for byte in range(256)]
+        characters = [chr(byte) for byte in range(256)]
+        for i, byte in enumerate(others):
+            characters[byte] = chr(256 + i)
         vocab = json.dumps({text: i for i, text in enumerate([*characters, END_OF_TEXT])}).encode()
         merges = b"#version: 0.2\n"
-    config = json.dumps(config).encode()
-    return {"vocab.json": vocab, "merges.txt": merges, "tokenizer_config.json": config}
+    return {"vocab.json": vocab, "merges.txt": merges, "tokenizer_config.json": json.dumps(config).encode()}
 
 
 # Documents
@@ -126,7 +125,8 @@ def read_txt(path: Path) -> Iterator:
 
 def read_jsonl(path: Path) -> Iterator:
     """The field "text" of each line, None for a blank line. json.loads skips a byte-order mark."""
-    with gzip.open(path) if path.name.lower().endswith(".gz") else open(path, "rb") as file:
+    opener = gzip.open if path.suffix.lower() == ".gz" else open
+    with opener(path, "rb") as file:
         for line in iter(lambda: file.readline(MOST_BYTES + 1), b""):
             check_size(len(line))
             yield read_object(line, "its JSON").get("text", 0) if line.strip() else None
@@ -140,15 +140,7 @@ def read_parquet(path: Path) -> Iterator:
         yield from batch["text"].to_pylist()
 
 
-READERS = {".txt": read_txt, ".jsonl": read_jsonl, ".jsonl.gz": read_jsonl, ".parquet": read_parquet}
-
-
-def find_reader(path: Path) -> Callable:
-    """The reader for a file's format. Raises ValueError if the format is unknown."""
-    for ending, reader in READERS.items():
-        if path.name.lower().endswith(ending):
-            return reader
-    raise ValueError(f"{path} is not a file of a known format ({', '.join(READERS)})")
+READERS = {".txt": read_txt, ".jsonl": read_jsonl, ".gz": read_jsonl, ".parquet": read_parquet}
 
 
 def read_texts(path: Path) -> Iterator:
@@ -157,7 +149,7 @@ def read_texts(path: Path) -> Iterator:
     line = 1
     separators = 0
     try:
-        for text in find_reader(path)(path):
+        for text in READERS[path.suffix.lower()](path):
             if not isinstance(text, str | None):
                 raise ValueError('each document needs a string in the field "text"')
             text = text or ""
@@ -167,7 +159,7 @@ def read_texts(path: Path) -> Iterator:
             line += 1
             separators += text.count(END_OF_TEXT)
     except Exception as error:  # of the file system, zlib, JSON, pyarrow, ...
-        where = f"{path}, line {line:,}," if ".jsonl" in path.name.lower() else path
+        where = f"{path}, line {line:,}," if ".json" in path.name.lower() else path
         raise ValueError(f"{where} cannot be read: {str(error) or type(error).__name__}") from error
     if separators:
         say(f"warning: {path} has {separators:,} {END_OF_TEXT} in its texts, kept as ordinary text", sys.stderr)
@@ -211,7 +203,7 @@ def tokenize(texts: list[str], tokenizer: tiktoken.Encoding) -> np.ndarray:
         pieces.append([tokenizer.eot_token])
         for part in cut_white_space(text):
             pieces.append(tokenizer.encode_to_numpy(part, disallowed_special=()))
-    return np.concatenate(pieces, dtype=np.uint16, casting="unsafe")
+    return np.concatenate(pieces, dtype="<u2", casting="unsafe")
 
 
 # Downloads
@@ -228,11 +220,11 @@ class RawFile(NamedTuple):
 
 
 def get(url: str, first: int = 0) -> requests.Response:
-    """Request a page, or a file from byte `first` on; only the hub is sent HF_TOKEN. Raises RequestException, or
-    ValueError, without quoting it, for an HF_ENDPOINT that is not an address or contains a password."""
+    """Request a page, or a file from byte `first` on; only the hub is sent HF_TOKEN. Raises RequestException,
+    also for an HF_ENDPOINT that is not an address or contains a password, which it does not quote."""
     hub = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
     if not re.fullmatch(r"https?://[^/@\s]+(/[^@\s]*)?", hub):
-        raise ValueError("HF_ENDPOINT must be like https://huggingface.co, without a password")
+        raise requests.HTTPError("HF_ENDPOINT must be like https://huggingface.co, without a password")
     if url.startswith("/"):
         url = hub + url
     headers = {"Accept-Encoding": "identity"}
@@ -241,15 +233,22 @@ def get(url: str, first: int = 0) -> requests.Response:
     token = os.environ.get("HF_TOKEN", "").strip()
     if token and url.startswith(hub + "/"):
         headers["Authorization"] = f"Bearer {token}"
-    busy = (408, 429, 500, 502, 503, 504)
-    waits = {"backoff_factor": 1, "backoff_max": 60, "retry_after_max": 60}
-    retries = Retry(8, connect=2, read=2, status_forcelist=busy, raise_on_status=False, **waits)
+    retries = Retry(
+        8,
+        connect=2,
+        read=2,
+        status_forcelist=(408, 429, 500, 502, 503, 504),
+        backoff_factor=1,
+        backoff_max=60,
+        retry_after_max=60,
+        raise_on_status=False,
+    )
     session = requests.Session()
     session.auth = lambda request: request  # or .netrc's password would replace the token
     for scheme in ("http://", "https://"):
         session.mount(scheme, requests.adapters.HTTPAdapter(max_retries=retries))
     response = session.get(url, headers=headers, stream=True, timeout=(10, 30))
-    if response.status_code not in (200, 206):
+    if not response.ok:
         raise requests.HTTPError(f"the server answered {response.status_code}")
     return response
 
@@ -262,7 +261,7 @@ def fetching(name: str, advice: str = ADVICE) -> Iterator:
     """Turn any failure of a request into an OSError that says what to do."""
     try:
         yield
-    except (requests.RequestException, HTTPError, TimeoutError, UnicodeError) as error:
+    except (requests.RequestException, HTTPError, TimeoutError, ValueError) as error:
         problem = error if isinstance(error, requests.HTTPError) else type(error).__name__
         raise OSError(f"{name} could not be fetched: {problem}; {advice}") from error
 
@@ -275,8 +274,9 @@ def list_hub(repository: str, folder: str = "") -> list:
     deadline = time.monotonic() + 60
     files = set()
     while url:
-        page = b""
+        status(f"fetching {name}")
         with fetching(name), get(url) as response:
+            page = b""
             for piece in iter(lambda: response.raw.read1(1 << 16), b""):
                 page += piece
                 if time.monotonic() > deadline:
@@ -319,7 +319,9 @@ def download(file: RawFile, path: Path) -> Path:
         while out.tell() < file.size:
             try:
                 receive(file, out)
-            # Any other error, such as a refusal or an odd address, would be the same again.
+            except ValueError:  # an odd address
+                raise
+            # Any other error, such as a refusal, would be the same again.
             except (requests.ConnectionError, requests.Timeout, HTTPError) as error:
                 failures = 0 if out.tell() > furthest else failures + 1
                 furthest = max(furthest, out.tell())
@@ -361,8 +363,7 @@ def tokenize_in_order(files: list, paths: list, start: list, tokenizer_name: str
 
 # Shards
 
-SHARD_MAGIC = 20240520
-SHARD_VERSION = 1
+SHARD_MAGIC = (20240520, 1)  # and the version of the format
 HEADER_BYTES = 1024
 
 
@@ -373,7 +374,7 @@ def read_header(path: Path) -> int:
     size = path.stat().st_size
     tokens = (size - HEADER_BYTES) // 2
     header = np.fromfile(path, dtype="<i4", count=3).tolist()
-    if header != [SHARD_MAGIC, SHARD_VERSION, tokens] or size % 2 or tokens < 1:
+    if header != [*SHARD_MAGIC, tokens] or size % 2 or tokens < 1:
         raise ValueError(f"{path} is damaged, empty, or not a token shard: {size:,} bytes")
     return tokens
 
@@ -394,34 +395,36 @@ class Split(NamedTuple):
 
 def read_meta(directory: Path) -> dict:
     """A data directory's meta.json, with at least "tokenizer" and "vocab_size". Shards without one are taken to be
-    another program's, in GPT-2's tokens. Raises ValueError for incomplete or damaged data, FileNotFoundError."""
+    another program's, in GPT-2's tokens. Raises ValueError for incomplete or damaged data."""
     path = directory / "meta.json"
-    if not directory.is_dir():
-        raise FileNotFoundError(f"{directory} does not exist; run prepare_data.py first")
     # SHA256SUMS lists meta.json once the directory is complete.
     if path.name not in read_checksums(directory):
         if path.exists():
             raise ValueError(f"{directory} is incomplete; run its prepare_data.py command again")
         return {"tokenizer": "gpt2", "vocab_size": VOCAB_SIZES["gpt2"]}
     check_checksums(directory, [path.name])
-    meta = read_object(path.read_bytes(), path)
     with reading(path):
+        meta = json.loads(path.read_bytes())
         return meta | {"vocab_size": VOCAB_SIZES[meta["tokenizer"]]}
 
 
+def is_of_split(file: str, split: str) -> bool:
+    """Whether a shard's name says so: `SPLIT_000000.bin`, modded-nanogpt's `*_SPLIT_000000.bin`, llm.c's
+    `*_SPLIT.bin`."""
+    return re.search(rf"(^|_){split}(_\d+)?\.bin$", file) is not None
+
+
 def open_split(directory: Path, name: str, sequence_length: int) -> Split:
-    """Read the headers of a split's shards, `*name_*.bin` or llm.c's `*_name.bin`; the split is "train" or "val".
-    Raises ValueError for shards that are missing, damaged, unlisted or too short, FileNotFoundError for none."""
+    """Read the headers of the shards of a split, "train" or "val". Raises ValueError for shards that are missing,
+    damaged, unlisted or too short, FileNotFoundError for none."""
     vocab_size = read_meta(directory)["vocab_size"]
-    paths = sorted(directory.glob(f"*{name}_*.bin")) or sorted(directory.glob(f"*_{name}.bin"))
+    paths = [path for path in sorted(directory.glob("*.bin")) if is_of_split(path.name, name)]
+    found = {path.name for path in paths}
     listed = read_checksums(directory)
-    if listed:
-        found = {path.name for path in paths}
-        missing = {file for file in listed if file.startswith(f"{name}_")} - found
-        unlisted = found - listed.keys()
-        if missing or unlisted:
-            problem = f"{directory / min(missing | unlisted)} is missing, or not in SHA256SUMS"
-            raise ValueError(f"{problem}; restore it, or prepare the data again with another --out")
+    expected = {file for file in listed if is_of_split(file, name)}
+    if listed and found != expected:
+        problem = f"{directory / min(found ^ expected)} is missing, or not in SHA256SUMS"
+        raise ValueError(f"{problem}; restore it, or prepare the data again with another --out")
     if not paths:
         raise FileNotFoundError(f"{directory} contains no {name} shards; run prepare_data.py first")
     tokens = [read_header(path) for path in paths]
@@ -476,7 +479,8 @@ def local_file(path: Path) -> RawFile:
     """A file of the user's. Raises FileNotFoundError or ValueError for one that cannot be read as text."""
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist, or is not a file")
-    find_reader(path)
+    if path.suffix.lower() not in READERS:
+        raise ValueError(f"{path} is not a file of a known format (.txt, .jsonl, .jsonl.gz, .parquet)")
     stat = path.stat()
     return RawFile(str(path), stat.st_size, sha256_of(path), modified=stat.st_mtime_ns)
 
@@ -485,9 +489,8 @@ def write_demo(path: Path) -> RawFile:
     """The topics of Python's own manual, which ships with CPython, as a local file."""
     from pydoc_data.topics import topics
 
-    lines = [json.dumps({"text": topics[name]}).encode() + b"\n" for name in sorted(topics)]
-    write_atomically(path, lines)
-    return local_file(path)._replace(modified=0)  # rewritten by each command
+    path.write_text(END_OF_TEXT.join(topics[name] for name in sorted(topics)), encoding="utf-8")
+    return local_file(path)
 
 
 def list_corpus(settings: dict) -> list:
@@ -529,8 +532,8 @@ def add_shard(out: Path, meta: dict, pieces: list, split: str, position: list) -
     total = sum(map(len, pieces))
     path = out / f"{split}_{counts['shards']:06d}.bin"
     header = np.zeros(HEADER_BYTES // 4, dtype="<i4")
-    header[:3] = (SHARD_MAGIC, SHARD_VERSION, total)
-    write_atomically(path, [header, *(piece.astype("<u2") for piece in pieces)])
+    header[:3] = (*SHARD_MAGIC, total)
+    write_atomically(path, [header, *pieces])
     uses = sum(np.bincount(piece, minlength=tokenizer.n_vocab) for piece in pieces)  # of each token
     counts["shards"] += 1
     counts["documents"] += int(uses[tokenizer.eot_token])
@@ -551,8 +554,8 @@ def open_meta(settings: dict, files: list, out: Path) -> dict:
     """The meta.json of an earlier run with these settings, or a new one. Raises ValueError or FileExistsError."""
     path = out / "meta.json"
     if path.exists():
-        meta = read_object(path.read_bytes(), path)
         with reading(path):
+            meta = json.loads(path.read_bytes())
             for split in ("train", "val"):
                 meta[split] = {name: int(meta[split][name]) for name in COUNTS}
             meta["files"] = [RawFile(*file) for file in meta["files"]]
@@ -560,48 +563,40 @@ def open_meta(settings: dict, files: list, out: Path) -> dict:
             if min(meta["position"]) < 0 or meta["position"] > [len(meta["files"]), 0, 0]:
                 raise ValueError("its position is out of range")
         changed = [name for name, value in settings.items() if meta.get(name) != value]
-        begun = meta["position"] != START
-        if begun and changed:
+        if not changed:
+            return meta
+        if meta["position"] != START:
             problem = f"{out} was prepared differently: {changed[0]} was {meta.get(changed[0])}"
             raise ValueError(f"{problem}, now {settings[changed[0]]}; choose another --out")
-        if begun:
-            return meta
     elif any(out.glob("*.bin")):
         raise FileExistsError(f"{out} has shards that this script did not write; choose another --out")
     meta = settings | {split: dict.fromkeys(COUNTS, 0) for split in ("train", "val")}
     meta["vocab_size"] = VOCAB_SIZES[meta["tokenizer"]]
     meta["position"] = START
-    meta["files"] = files or list_corpus(settings)  # kept, since the hub's listing may change
+    # Kept, since the hub's listing may change, but without what depends on the machine.
+    files = files or list_corpus(settings)
+    meta["files"] = [file._replace(name=Path(file.name).name, modified=0) for file in files]
     write_meta(out, meta)
     return meta
 
 
 def check_prepared(out: Path, meta: dict) -> bool:
     """Check what earlier runs have written, and return whether it is complete. Raises ValueError."""
-    listed = read_checksums(out)
-    complete = "meta.json" in listed
-    names = set(shard_names(meta))
-    if complete:
-        names |= listed.keys() | {path.name for path in out.glob("*.bin")}
+    names = {*shard_names(meta), *read_checksums(out)}
     try:
         check_checksums(out, sorted(names))
     except (ValueError, FileNotFoundError) as error:
         raise ValueError(f"{error}; restore it, or delete {out} and prepare it again") from error
-    return complete
+    return "meta.json" in names
 
 
-def check_unchanged(out: Path, meta: dict, files: list) -> None:
-    """Raise ValueError for an input that has changed since the preparation began, which cannot continue then."""
-    for file, before in zip(files, meta["files"], strict=True):
-        if not before.modified:  # not a file of the user's
-            continue
-        now = os.stat(file.name)
-        if (now.st_size, now.st_mtime_ns) != (before.size, before.modified):
-            # For good, even if the file is restored: some shards may be of the changed text.
-            meta["files"] = [other._replace(modified=-1) for other in meta["files"]]
-            write_meta(out, meta)
+def check_unchanged(files: list) -> None:
+    """Raise ValueError if a file of the user's has changed since its sha256 was taken. Checked after a shard's text is
+    read and before it is written, so that no shard is of another text than the first."""
+    for file in files:
+        if not file.url and os.stat(file.name).st_mtime_ns != file.modified:
             problem = f"{file.name} has changed since its preparation began"
-            raise ValueError(f"{problem}; delete {out} and prepare it again")
+            raise ValueError(f"{problem}; restore it, or choose another --out")
 
 
 def choose_val_tokens(batches: Iterator, meta: dict) -> Iterator:
@@ -629,8 +624,7 @@ def prepare(settings: dict, files: list, out: Path, workers: int) -> dict:
         say(f"{out} is already prepared")
         return meta
     files = files or meta["files"]
-    check_unchanged(out, meta, files)
-    work = out / ".work"
+    work = out / ".prepare_data"
     # Numbered, since base names may repeat.
     paths = [work / f"{i:06d}-{Path(file.name).name}" for i, file in enumerate(files)]
     *start, skip = meta["position"]
@@ -649,6 +643,7 @@ def prepare(settings: dict, files: list, out: Path, workers: int) -> dict:
             used += len(piece)
             room -= len(piece)
             if room == 0:
+                check_unchanged(files)
                 add_shard(out, meta, pieces, split, [*place, used])
                 split, room = next_shard(meta)
                 pieces = []
@@ -657,19 +652,13 @@ def prepare(settings: dict, files: list, out: Path, workers: int) -> dict:
         status(f"file {place[0] + 1} of {len(files)}: {room:,} tokens to the next shard")
         if room == 0:
             break
+    check_unchanged(files)
     if pieces:
         add_shard(out, meta, pieces, split, [len(files), 0, 0])
-    check_unchanged(out, meta, files)
     if not shard_names(meta):
         raise ValueError(f"{', '.join(file.name for file in files)} has no text")
-    # The finished meta.json must not depend on the machine.
-    meta["files"] = [file._replace(name=Path(file.name).name, modified=0) for file in files]
-    write_meta(out, meta)
     add_checksums(out, ["meta.json"])
-    for path in paths:
-        path.unlink(missing_ok=True)
-    with suppress(OSError):  # it does not exist, or holds something of the user's
-        work.rmdir()
+    shutil.rmtree(work, ignore_errors=True)
     return meta
 
 
@@ -682,15 +671,16 @@ CHECKPOINT_FILES = (*MODEL_FILES, "trainer.pt", *TOKENIZER_FILES)
 
 def checkpoints(run: Path) -> list[Path]:
     """The checkpoints of a run, `step_NNNNNN`, oldest first, whole or damaged."""
-    name = re.compile(r"step_([0-9]{6}|[1-9][0-9]{6,})")
-    named = [path for path in run.glob("step_*/") if name.fullmatch(path.name) and is_checkpoint(path)]
-    return sorted(named, key=lambda path: int(path.name[5:]))
+    found = filter(is_checkpoint, run.glob("step_*/"))
+    return sorted(found, key=lambda path: int(path.name[5:]))
 
 
 def is_checkpoint(directory: Path) -> bool:
-    """Whether a directory named like a checkpoint is one, whole or damaged, and no renamed copy or the user's own."""
+    """Whether a directory is a checkpoint, whole or damaged, and no renamed copy or the user's own."""
     import torch  # slow to import, and not needed to prepare data
 
+    if not re.fullmatch("step_([0-9]{6}|[1-9][0-9]{6,})", directory.name):
+        return False
     path = directory / "trainer.pt"
     trainer = None
     if path.is_file():
@@ -729,8 +719,8 @@ def model_directory(name_or_dir: str | Path) -> Path:
         if not checkpoint:
             raise FileNotFoundError(f"{run} has no intact checkpoint; restore one")
         return checkpoint
-    if str(name_or_dir) in OPENAI_MODELS:
-        return fetch_model(str(name_or_dir))
+    if name_or_dir in OPENAI_MODELS:
+        return fetch_model(name_or_dir)
     choices = f"a checkpoint, a run, or one of {', '.join(OPENAI_MODELS)}"
     raise FileNotFoundError(f"{directory.absolute()} is not a model; train one, or name {choices}")
 
@@ -760,8 +750,7 @@ def one_line_errors(script: str, memory_advice: str) -> Iterator:
     for name in ("stdin", "stdout", "stderr"):
         if getattr(sys, name) is None:  # it was closed
             setattr(sys, name, open(os.devnull, "r+"))
-    with suppress(AttributeError):  # a test's replacement
-        sys.stdout.reconfigure(errors="replace")
+    sys.stdout.reconfigure(errors="replace")
     try:
         yield
     except KeyboardInterrupt:
@@ -955,10 +944,8 @@ def check_checksums(directory: Path, names: Iterable) -> None:
         path = directory / name
         if not path.is_file():
             raise FileNotFoundError(f"{path} is missing")
-        if name not in checksums:
-            raise ValueError(f"{path} is not listed in SHA256SUMS")
-        if sha256_of(path) != checksums[name]:
-            raise ValueError(f"{path} is damaged: its sha256 does not match")
+        if sha256_of(path) != checksums.get(name):
+            raise ValueError(f"{path} is damaged: SHA256SUMS does not have its sha256")
 
 
 # The command line
@@ -969,14 +956,15 @@ def prepare_source(source: str | None, args: argparse.Namespace) -> None:
     name = source or Path(args.input[0]).name.split(".")[0] or "text"
     out = Path(args.out or f"data/{name}")
     files = [local_file(Path(path)) for path in args.input or []]
-    if source == "shakespeare":
+    if source in FILES:
         files = [FILES[source]]
     with locked(out), tempfile.TemporaryDirectory() as scratch:
         if source in EVALUATION_SETS:
-            say(f"{source}: {download(FILES[source], out / FILES[source].name)}")
-            return add_checksums(out, [FILES[source].name])
+            path = download(files[0], out / files[0].name)
+            add_checksums(out, [path.name])
+            return say(f"{source}: {path}")
         if source == "demo":
-            files = [write_demo(Path(scratch) / "topics.jsonl")]
+            files = [write_demo(Path(scratch) / "topics.txt")]
         settings = {  # together, these determine every byte of the result
             "source": source or [[Path(file.name).name, file.size, file.sha256] for file in files],
             "subset": args.subset if source in HUB_DATASETS else None,
@@ -986,7 +974,9 @@ def prepare_source(source: str | None, args: argparse.Namespace) -> None:
         }
         if args.val_tokens:
             settings["val_tokens"] = args.val_tokens
-        meta = prepare(settings, files, out, min(args.workers, os.cpu_count() or 1))
+        # Each has a tokenizer of its own, of 10 MB.
+        workers = min(args.workers, os.cpu_count())
+        meta = prepare(settings, files, out, workers)
     train_tokens = meta["train"]["tokens"]
     say(f"{out}: {train_tokens:,} tokens for training, {meta['val']['tokens']:,} for validation")
     data = f"--data={shlex.quote(str(out))}"
@@ -1005,7 +995,7 @@ def main(argv: list | None = None) -> None:
     origin = parser.add_mutually_exclusive_group()
     amount = number(int, 1, 10**15)
     origin.add_argument("--source", choices=SOURCES, help="what to prepare (default: fineweb-edu, evaluation sets)")
-    origin.add_argument("--input", nargs="+", metavar="FILE", help="your own text: " + ", ".join(READERS))
+    origin.add_argument("--input", nargs="+", metavar="FILE", help="your own text: .txt, .jsonl, .jsonl.gz, .parquet")
     add("--subset", default="sample-10BT", help="sample or dump of FineWeb (default: sample-10BT)")
     add("--out", help="output directory (default: data/NAME); without --source, of FineWeb-Edu")
     add("--tokenizer", choices=VOCAB_SIZES, help="tokenizer (default: gpt2; byte for the demo)")

@@ -26,7 +26,7 @@ except KeyboardInterrupt:
     sys.exit(130)
 
 
-def stream_decoder(tokenizer: tiktoken.Encoding) -> Callable[[int], str]:
+def stream_decoder(tokenizer: tiktoken.Encoding) -> Callable:
     """Return a function that turns tokens into text one by one: a character spread over several tokens appears with the
     last of them, and <|endoftext|> is not shown."""
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
@@ -39,31 +39,27 @@ def stream_decoder(tokenizer: tiktoken.Encoding) -> Callable[[int], str]:
     return decode
 
 
-def read_prompts(args: argparse.Namespace) -> Iterator[str]:
+def read_prompts(args: argparse.Namespace) -> Iterator:
     """The prompt, from the command line or standard input; with --interactive, each line of standard input."""
-    with suppress(AttributeError):  # a replacement of standard input may lack this
-        sys.stdin.reconfigure(errors="surrogateescape")  # encode_prompt() refuses what is not UTF-8
-    if not args.interactive:
-        text = args.prompt
-        if text == "-":
-            text = sys.stdin.read().removeprefix("\ufeff").removesuffix("\n").removesuffix("\r")
-        yield text
-        return
-    with suppress(ImportError):  # some builds of Python lack it
-        import readline  # noqa: F401  (which gives input() arrow keys and a history)
-    with suppress(EOFError):
-        while True:
-            line = input("> " if sys.stdout.isatty() else "")
-            yield line.removeprefix("\ufeff").removesuffix("\r")
+    if args.interactive or args.prompt == "-":
+        # A byte-order mark is no text, all line ends become a line feed, and a bad byte does not end a session.
+        errors = "replace" if args.interactive else "strict"
+        sys.stdin.reconfigure(encoding="utf-8-sig", errors=errors, newline=None)
+    if args.interactive:
+        with suppress(ImportError):  # some builds of Python lack it
+            import readline  # noqa: F401  (which gives input() arrow keys and a history)
+        with suppress(EOFError):
+            while True:
+                yield input("> " if sys.stdout.isatty() else "")
+    elif args.prompt == "-":
+        yield sys.stdin.read().removesuffix("\n")
+    else:
+        yield args.prompt
 
 
 def encode_prompt(prompt: str, tokenizer: tiktoken.Encoding, block_size: int) -> list[int]:
     """The last `block_size` tokens of a prompt, in which <|endoftext|> stands for the token; an empty prompt becomes
-    that token. Raises ValueError if the prompt was not UTF-8."""
-    try:
-        prompt.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError("the prompt is not UTF-8") from error
+    that token."""
     tokens = prep.tokenize(prompt.split("<|endoftext|>"), tokenizer).tolist()
     tokens = tokens[1:] or tokens  # tokenize() puts one <|endoftext|> before the first part
     if len(tokens) > block_size:
@@ -75,12 +71,11 @@ def print_samples(
     model: gpt.GPT, tokenizer: tiktoken.Encoding, prompt: str, args: argparse.Namespace, generator: torch.Generator
 ) -> None:
     """Print the first sample as it is generated, then the others, each below a line of dashes."""
-    device = model.transformer.wte.weight.device
     tokens = encode_prompt(prompt, tokenizer, model.config.block_size)
     began = time.perf_counter()
     steps = gpt.generate(
         model,
-        torch.tensor([tokens] * args.num_samples, device=device),
+        torch.tensor([tokens] * args.num_samples, device=generator.device),
         args.max_new_tokens,
         temperature=args.temperature,
         top_k=args.top_k or None,
@@ -98,7 +93,7 @@ def print_samples(
     _, *others = zip(*drawn, strict=True)
     for other in others:
         text = "".join(map(decode, (*other, tokenizer.eot_token)))
-        print("-" * 80, prompt + text, sep="\n", flush=True)
+        print("-" * 80, prompt + text, sep="\n")
     count = len(drawn) * args.num_samples
     print(f"{count} tokens, {count / (time.perf_counter() - began):.1f} tokens/s", file=sys.stderr)
 
@@ -106,26 +101,18 @@ def print_samples(
 def sample(args: argparse.Namespace) -> None:
     directory = prep.model_directory(args.model)
     device = gpt.choose_device(args.device)
-    config, tokenizer_name = gpt.read_config(directory)
+    _, tokenizer_name = gpt.read_config(directory)
     tokenizer = prep.get_tokenizer(tokenizer_name)
-    if config.vocab_size > tokenizer.n_vocab:
-        problem = f"{directory} has a vocabulary of {config.vocab_size}"
-        prep.say(f"{problem}; the {tokenizer.n_vocab} tokens of {tokenizer_name} are used", sys.stderr)
     prep.status(f"reading {directory}")
     model = gpt.load_model(directory, vocab_size=tokenizer.n_vocab)
     model = gpt.center_logits(model).to(device, gpt.choose_dtype(args.dtype, device))
     prep.say(f"{directory}: {gpt.parameter_count(model):,} parameters, {device}", sys.stderr)
     generator = torch.Generator(device).manual_seed(args.seed)
     for prompt in read_prompts(args):
-        try:
-            print_samples(model, tokenizer, prompt, args, generator)
-        except ValueError as error:
-            if not args.interactive:
-                raise
-            prep.say(f"{error}; try another", sys.stderr)
+        print_samples(model, tokenizer, prompt, args, generator)
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: list | None = None) -> None:
     parser = prep.new_parser(__doc__)
     add = parser.add_argument
     number = prep.number

@@ -224,7 +224,7 @@ def start_process(config: TrainConfig) -> Process:
         try:
             join_processes(rank, world_size, device)
         except (RuntimeError, ValueError, OSError) as error:
-            problem = str(error).splitlines()[0]
+            problem = str(error).split("\n")[0] or type(error).__name__
             advice = f"check MASTER_ADDR ({os.environ.get('MASTER_ADDR')}) and MASTER_PORT"
             raise OSError(f"cannot join the other processes: {problem}; {advice}") from error
     dtype = gpt.choose_dtype(config.dtype, device, training=True)
@@ -235,7 +235,9 @@ def start_process(config: TrainConfig) -> Process:
 def join_processes(rank: int, world_size: int, device: torch.device) -> None:
     """Join the process group that torchrun has started. Raises RuntimeError or OSError when it cannot be reached."""
     status("waiting for the other processes")
-    address = (os.environ.get("MASTER_ADDR"), read_environment("MASTER_PORT", 1))
+    address = (os.environ.get("MASTER_ADDR", ""), read_environment("MASTER_PORT", 0))
+    if not address[0] or not 0 < address[1] < 2**16:
+        raise ValueError("no address, or no valid port")
     socket.getaddrinfo(*address)  # fails at once if the name does not exist
     deadline = time.monotonic() + 300
     while rank:  # PyTorch would log a stack trace for every attempt
@@ -247,7 +249,7 @@ def join_processes(rank: int, world_size: int, device: torch.device) -> None:
                 raise
             time.sleep(1)
     meeting = dist.rendezvous("env://", timeout=timedelta(minutes=5))
-    store, _, _ = prep.begin(next, meeting).result()  # in a thread, so that Ctrl-C ends the wait
+    store, _, _ = prep.begin(next, meeting).result(600)  # in a thread, so that Ctrl-C ends the wait
     # Each restart has its own prefix in the store, or workers would find the addresses of the dead.
     # On a single machine only, since several may count restarts differently.
     if world_size == read_environment("LOCAL_WORLD_SIZE", 0):
@@ -328,12 +330,14 @@ def check_same_shards(data: Path, shards: dict, saved: dict) -> None:
     for name in sorted(shards.keys() | saved.keys()):
         now = shards.get(name)
         then = saved.get(name)
-        if "val" in name and not (now and then):
+        if prep.is_of_split(name, "val") and not (now and then):
             continue  # the run does not evaluate now, or did not before
-        # An earlier version took the sha256 even of shards without SHA256SUMS.
-        if now != then and not (now and prep.sha256_of(data / name) == then):
-            problem = f"{data / name} is not what the run was trained on"
-            raise ValueError(f"{problem}; resume with the original data")
+        if now == then:
+            continue
+        # SHA256SUMS may be new. An earlier version took the sha256 even without it.
+        shard = data / name
+        if not now or then not in (f"{prep.read_header(shard)} tokens", prep.sha256_of(shard)):
+            raise ValueError(f"{shard} is not what the run was trained on; resume with the original data")
 
 
 # Checkpoints
