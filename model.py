@@ -164,18 +164,18 @@ class GPT(nn.Module):
             "ln_f": nn.LayerNorm(config.n_embd, eps=LAYER_NORM_EPS),
         }
         self.transformer = nn.ModuleDict(layers)
-        self.init_weights()
+        self.apply(self._init_weights)
 
-    def init_weights(self) -> None:
-        """Normal(0, 0.02) for matrices, 0 for biases. Each block adds two projections to the residual stream; those are
-        scaled by 1 / sqrt(2 * n_layer), so that its variance does not grow with depth (section 2.3 of the paper)."""
-        for name, parameter in self.named_parameters():
-            if name.endswith("bias"):
-                nn.init.zeros_(parameter)
-            elif name.endswith("c_proj.weight"):
-                nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * self.config.n_layer))
-            elif parameter.dim() == 2:
-                nn.init.normal_(parameter, std=0.02)
+    def _init_weights(self, module: nn.Module) -> None:
+        """Normal(0, 0.02). Each block adds two projections to the residual stream; those are scaled by
+        1 / sqrt(2 * n_layer), so that its variance does not grow with depth (section 2.3 of the paper)."""
+        if isinstance(module, nn.Embedding | nn.Linear):
+            nn.init.normal_(module.weight, std=0.02)
+        if isinstance(module, nn.Linear):
+            nn.init.zeros_(module.bias)
+        if isinstance(module, Block):  # reached after the linear layers inside it
+            for projection in (module.attn.c_proj, module.mlp.c_proj):
+                nn.init.normal_(projection.weight, std=0.02 / math.sqrt(2 * self.config.n_layer))
 
     def hidden(self, tokens: Tensor, cache: Tensor | None = None, start: int = 0) -> Tensor:
         """(B, T) tokens to (B, T, C), after the final LayerNorm. With a `cache`, (n_layer, 2, B, nh, block_size, hs),
@@ -210,7 +210,7 @@ class GPT(nn.Module):
         # exist at a time. Compiled, the plain form is fused and just as good; in half precision, parts would round the
         # loss.
         options = None
-        if x.device.type == "cpu" and not torch.compiler.is_compiling() and not torch.is_autocast_enabled("cpu"):
+        if x.is_cpu and not torch.compiler.is_compiling() and not torch.is_autocast_enabled("cpu"):
             options = nn.LinearCrossEntropyOptions(chunking_method=None, batch_chunk_size=512)
         return F.linear_cross_entropy(
             x.flatten(0, 1), weight, targets.flatten(), linear_bias=bias, ignore_index=-1, options=options

@@ -29,7 +29,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 try:
     import fcntl
@@ -97,7 +97,8 @@ def tokenizer_files(name: str, block_size: int) -> dict:
             characters[byte] = chr(256 + i)
         vocab = json.dumps({text: i for i, text in enumerate([*characters, END_OF_TEXT])}).encode()
         merges = b"#version: 0.2\n"
-    return {"vocab.json": vocab, "merges.txt": merges, "tokenizer_config.json": json.dumps(config).encode()}
+    config = json.dumps(config).encode()
+    return {"vocab.json": vocab, "merges.txt": merges, "tokenizer_config.json": config}
 
 
 # Documents
@@ -290,7 +291,7 @@ def list_hub(repository: str, folder: str = "") -> list:
     return sorted(files)
 
 
-def receive(file: RawFile, out: IO[bytes]) -> None:
+def receive(file: RawFile, out: BinaryIO) -> None:
     """Append what `out` lacks; a server that ignores ranges sends the whole file again."""
     with get(file.url, out.tell()) as response:
         if response.status_code != 206:
@@ -441,7 +442,7 @@ def read_sequences(split: Split, indices: np.ndarray) -> np.ndarray:
     T = split.sequence_length
     sequences = np.empty((len(indices), T + 1), dtype=np.int64)
     for row, index in enumerate(indices):
-        shard = int(np.searchsorted(split.first, index, side="right")) - 1
+        shard = np.searchsorted(split.first, index, side="right") - 1
         path = split.paths[shard]
         start = HEADER_BYTES + 2 * T * int(index - split.first[shard])
         # Not a memory map, whose pages would pile up in this process over an epoch.
@@ -545,11 +546,6 @@ def add_shard(out: Path, meta: dict, pieces: list, split: str, position: list) -
     say(f"{path}: {total:,} tokens")
 
 
-def shard_names(meta: dict) -> list[str]:
-    """The shards that meta.json says exist."""
-    return [f"{split}_{i:06d}.bin" for split in ("val", "train") for i in range(meta[split]["shards"])]
-
-
 def open_meta(settings: dict, files: list, out: Path) -> dict:
     """The meta.json of an earlier run with these settings, or a new one. Raises ValueError or FileExistsError."""
     path = out / "meta.json"
@@ -582,7 +578,9 @@ def open_meta(settings: dict, files: list, out: Path) -> dict:
 
 def check_prepared(out: Path, meta: dict) -> bool:
     """Check what earlier runs have written, and return whether it is complete. Raises ValueError."""
-    names = {*shard_names(meta), *read_checksums(out)}
+    names = set(read_checksums(out))
+    for split in ("val", "train"):
+        names |= {f"{split}_{i:06d}.bin" for i in range(meta[split]["shards"])}
     try:
         check_checksums(out, sorted(names))
     except (ValueError, FileNotFoundError) as error:
@@ -655,7 +653,7 @@ def prepare(settings: dict, files: list, out: Path, workers: int) -> dict:
     check_unchanged(files)
     if pieces:
         add_shard(out, meta, pieces, split, [len(files), 0, 0])
-    if not shard_names(meta):
+    if meta["val"]["shards"] == 0:
         raise ValueError(f"{', '.join(file.name for file in files)} has no text")
     add_checksums(out, ["meta.json"])
     shutil.rmtree(work, ignore_errors=True)
