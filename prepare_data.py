@@ -748,7 +748,8 @@ def one_line_errors(script: str, memory_advice: str) -> Iterator:
     for name in ("stdin", "stdout", "stderr"):
         if getattr(sys, name) is None:  # it was closed
             setattr(sys, name, open(os.devnull, "r+"))
-    sys.stdout.reconfigure(errors="replace")
+    with suppress(AttributeError):  # of a stream that a caller has put in its place
+        sys.stdout.reconfigure(errors="replace")
     try:
         yield
     except KeyboardInterrupt:
