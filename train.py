@@ -239,8 +239,9 @@ def join_processes(rank: int, world_size: int, device: torch.device) -> None:
     if not address[0] or not 0 < address[1] < 2**16:
         raise ValueError("no address, or no valid port")
     socket.getaddrinfo(*address)  # fails at once if the name does not exist
+    # Wait for rank 0, or torchrun, to listen there; PyTorch would log a stack trace for every attempt.
     deadline = time.monotonic() + 300
-    while rank:  # PyTorch would log a stack trace for every attempt
+    while rank > 0:
         try:
             socket.create_connection(address, timeout=10).close()
             break
