@@ -217,7 +217,7 @@ class RawFile(NamedTuple):
     size: int  # in bytes
     sha256: str = ""  # in hex, "" if unknown
     url: str = ""
-    modified: int = 0  # when a local file was last modified, in nanoseconds
+    changed: int = 0  # a local file's ctime in nanoseconds, which no program can set
 
 
 def get(url: str, first: int = 0) -> requests.Response:
@@ -483,7 +483,7 @@ def local_file(path: Path) -> RawFile:
     if path.suffix.lower() not in READERS:
         raise ValueError(f"{path} is not a file of a known format (.txt, .jsonl, .jsonl.gz, .parquet)")
     stat = path.stat()
-    return RawFile(str(path), stat.st_size, sha256_of(path), modified=stat.st_mtime_ns)
+    return RawFile(str(path), stat.st_size, sha256_of(path), changed=stat.st_ctime_ns)
 
 
 def write_demo(path: Path) -> RawFile:
@@ -571,7 +571,7 @@ def open_meta(settings: dict, files: list, out: Path) -> dict:
     meta["position"] = START
     # Kept, since the hub's listing may change, but without what depends on the machine.
     files = files or list_corpus(settings)
-    meta["files"] = [file._replace(name=Path(file.name).name, modified=0) for file in files]
+    meta["files"] = [file._replace(name=Path(file.name).name, changed=0) for file in files]
     write_meta(out, meta)
     return meta
 
@@ -592,7 +592,7 @@ def check_unchanged(files: list) -> None:
     """Raise ValueError if a file of the user's has changed since its sha256 was taken. Checked after a shard's text is
     read and before it is written, so that no shard is of another text than the first."""
     for file in files:
-        if not file.url and os.stat(file.name).st_mtime_ns != file.modified:
+        if not file.url and os.stat(file.name).st_ctime_ns != file.changed:
             problem = f"{file.name} has changed since its preparation began"
             raise ValueError(f"{problem}; restore it, or choose another --out")
 

@@ -759,7 +759,7 @@ def test_law_5_shards_do_not_depend_on_workers_faults_or_kills(hub: Any) -> None
     call(prep, f"{options} --out=killed")
     assert contents("killed") == contents("of1") == contents("of2") == contents("of5")
     assert read_shards("killed") == byte_tokens(texts)
-    assert len(os.listdir("killed")) > 50 and not os.path.exists("killed/.work")
+    assert len(os.listdir("killed")) > 50 and not os.path.exists("killed/.prepare_data")
 
 
 def test_what_cannot_be_fetched_ends_in_one_line(hub: Any, monkeypatch: Patch) -> None:

@@ -235,23 +235,28 @@ def start_process(config: TrainConfig) -> Process:
 def join_processes(rank: int, world_size: int, device: torch.device) -> None:
     """Join the process group that torchrun has started. Raises RuntimeError or OSError when it cannot be reached."""
     status("waiting for the other processes")
-    address = (os.environ.get("MASTER_ADDR", ""), read_environment("MASTER_PORT", 0))
-    if not address[0] or not 0 < address[1] < 2**16:
+    host = os.environ.get("MASTER_ADDR", "")
+    port = read_environment("MASTER_PORT", 0)
+    if not host or not 0 < port < 2**16:
         raise ValueError("no address, or no valid port")
-    socket.getaddrinfo(*address)  # fails at once if the name does not exist
-    # Wait for rank 0, or torchrun, to listen there; PyTorch would log a stack trace for every attempt.
+    socket.getaddrinfo(host, port)  # fails at once if the name does not exist
+    # The store in which the processes meet is in torchrun, or else in rank 0. Wait for it to listen,
+    # since PyTorch would log a stack trace for every attempt.
+    serves = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     deadline = time.monotonic() + 300
-    while rank > 0:
+    while not serves:
         try:
-            socket.create_connection(address, timeout=10).close()
+            socket.create_connection((host, port), timeout=10).close()
             break
         except (ConnectionError, TimeoutError):
             if time.monotonic() > deadline:
                 raise
             time.sleep(1)
-    meeting = dist.rendezvous("env://", timeout=timedelta(minutes=5))
-    store, _, _ = prep.begin(next, meeting).result(600)  # in a thread, so that Ctrl-C ends the wait
-    # Each restart has its own prefix in the store, or workers would find the addresses of the dead.
+    address = "localhost" if serves else host
+    # In a thread, so that Ctrl-C ends the wait.
+    waiting = prep.begin(dist.TCPStore, address, port, world_size, serves, timedelta(minutes=5))
+    store = waiting.result(600)
+    # Each restart has its own prefix in the store, or workers would find addresses of dead ones.
     # On a single machine only, since several may count restarts differently.
     if world_size == read_environment("LOCAL_WORLD_SIZE", 0):
         store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
