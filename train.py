@@ -224,7 +224,7 @@ def start_process(config: TrainConfig) -> Process:
         try:
             join_processes(rank, world_size, device)
         except (RuntimeError, ValueError, OSError) as error:
-            problem = str(error).split("\n")[0] or type(error).__name__
+            problem = str(error).split("\n")[0].rstrip(".") or type(error).__name__
             advice = f"check MASTER_ADDR ({os.environ.get('MASTER_ADDR')}) and MASTER_PORT"
             raise OSError(f"cannot join the other processes: {problem}; {advice}") from error
     dtype = gpt.choose_dtype(config.dtype, device, training=True)
