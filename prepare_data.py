@@ -686,7 +686,7 @@ def is_checkpoint(directory: Path) -> bool:
             trainer = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     if isinstance(trainer, dict):
         return trainer.get("step") == int(directory.name[5:])
-    return (directory / "SHA256SUMS").exists()  # damaged
+    return path.name in read_checksums(directory)  # it is damaged
 
 
 def newest_checkpoint(run: Path) -> Path | None:
@@ -961,7 +961,8 @@ def prepare_source(source: str | None, args: argparse.Namespace) -> None:
         if source in EVALUATION_SETS:
             path = download(files[0], out / files[0].name)
             add_checksums(out, [path.name])
-            return say(f"{source}: {path}")
+            say(f"{source}: {path}")
+            return
         if source == "demo":
             files = [write_demo(Path(scratch) / "topics.txt")]
         settings = {  # together, these determine every byte of the result
@@ -981,7 +982,8 @@ def prepare_source(source: str | None, args: argparse.Namespace) -> None:
     data = f"--data={shlex.quote(str(out))}"
     if train_tokens == 0:
         model = "gpt2" if meta["tokenizer"] == "gpt2" else "MODEL"
-        return say(f"evaluate with: python train.py --eval-only --init-from {model} {data}")
+        say(f"evaluate with: python train.py --eval-only --init-from {model} {data}")
+        return
     preset = "gpt2" if train_tokens >= 10**7 else "book"
     if source == "demo":
         preset = "demo"

@@ -108,8 +108,11 @@ def sample(args: argparse.Namespace) -> None:
     model = gpt.center_logits(model).to(device, gpt.choose_dtype(args.dtype, device))
     prep.say(f"{directory}: {gpt.parameter_count(model):,} parameters, {device}", sys.stderr)
     generator = torch.Generator(device).manual_seed(args.seed)
-    for prompt in read_prompts(args):
-        print_samples(model, tokenizer, prompt, args, generator)
+    try:
+        for prompt in read_prompts(args):
+            print_samples(model, tokenizer, prompt, args, generator)
+    except UnicodeError as error:
+        raise ValueError("the prompt is not UTF-8") from error
 
 
 def main(argv: list | None = None) -> None:

@@ -891,6 +891,7 @@ def test_what_has_changed_is_not_continued(monkeypatch: Patch) -> None:
     with monkeypatch.context() as patched:
         patched.setattr(prep, "add_shard", add_and_change)
         refused(prep, f"{options} --out=out", "a.jsonl has changed since its preparation began; restore it")
+    assert len([*Path("out").glob("*.bin")]) == 1  # none was written after the change
     refused(prep, f"{options} --out=out", "out was prepared differently: source was")
     edit(source, "THE", "the")  # restored, and no shard is of the changed text
     call(prep, f"{options} --out=out")
@@ -911,7 +912,7 @@ def test_ctrl_c_ends_a_preparation_at_once() -> None:
     while not os.path.exists("out/meta.json"):
         assert process.poll() is None
     process.send_signal(signal.SIGINT)
-    assert process.communicate(timeout=10) == ("", "")
+    assert process.communicate(timeout=TIMEOUT) == ("", "")
     assert process.returncode == 130
 
 
@@ -1330,6 +1331,8 @@ def test_what_is_not_a_checkpoint_is_left_alone() -> None:
         Path("out", name).mkdir()
         Path("out", name, "notes.txt").write_text("mine")
     torch.save({"epoch": 3}, "out/step_000003/trainer.pt")
+    Path("out/step_7/SHA256SUMS").write_text("mine")
+    Path("out/step_000003/SHA256SUMS").write_text("mine")
     _, told = call(sample, "--model=out --max-new-tokens=1")
     assert told.startswith("out/step_000004: ")
     call(train, f"{options} --keep-checkpoints=1 --resume")
@@ -1580,6 +1583,8 @@ def test_sample_continues_prompts(monkeypatch: Patch) -> None:
         assert sampled("--prompt=-", stdin) == wanted
     asked = sampled("--interactive", b"The\n\xff\nof which\n")  # a bad line does not end it
     assert asked.startswith(sampled("--prompt=The")) and "\nof which" in asked
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\xff")))
+    refused(sample, "--model=start --device=cpu --prompt=-", "the prompt is not UTF-8")
 
 
 def test_a_prompt_longer_than_the_context_keeps_its_end() -> None:
