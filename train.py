@@ -221,49 +221,42 @@ def start_process(config: TrainConfig) -> Process:
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
     if "WORLD_SIZE" in os.environ:  # set by torchrun, even for a single process
-        try:
-            join_processes(rank, world_size, device)
-        except (RuntimeError, ValueError, OSError) as error:
-            problem = str(error).split("\n")[0].rstrip(".") or type(error).__name__
-            advice = f"check MASTER_ADDR ({os.environ.get('MASTER_ADDR')}) and MASTER_PORT"
-            raise OSError(f"cannot join the other processes: {problem}; {advice}") from error
+        join_processes(rank, world_size, device)
     dtype = gpt.choose_dtype(config.dtype, device, training=True)
     autocast = torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
     return Process(rank, world_size, device, dtype, autocast)
 
 
 def join_processes(rank: int, world_size: int, device: torch.device) -> None:
-    """Join the process group that torchrun has started. Raises RuntimeError or OSError when it cannot be reached."""
+    """Join the process group that torchrun has started. Raises OSError when it cannot be reached."""
     status("waiting for the other processes")
-    host = os.environ.get("MASTER_ADDR", "")
-    port = read_environment("MASTER_PORT", 0)
-    if not host or not 0 < port < 2**16:
-        raise ValueError("no address, or no valid port")
-    socket.getaddrinfo(host, port)  # fails at once if the name does not exist
-    # The store in which the processes meet is in torchrun, or else in rank 0. Wait for it to listen,
-    # since PyTorch would log a stack trace for every attempt.
-    serves = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    address = (os.environ.get("MASTER_ADDR", ""), read_environment("MASTER_PORT", 0))
     deadline = time.monotonic() + 300
-    while not serves:
-        try:
-            socket.create_connection((host, port), timeout=10).close()
-            break
-        except (ConnectionError, TimeoutError):
-            if time.monotonic() > deadline:
-                raise
-            time.sleep(1)
-    address = "localhost" if serves else host
-    # In a thread, so that Ctrl-C ends the wait.
-    waiting = prep.begin(dist.TCPStore, address, port, world_size, serves, timedelta(minutes=5))
-    store = waiting.result(600)
-    # Each restart has its own prefix in the store, or workers would find addresses of dead ones.
-    # On a single machine only, since several may count restarts differently.
-    if world_size == read_environment("LOCAL_WORLD_SIZE", 0):
-        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    limit = timedelta(minutes=30)  # for rank 0 to write gpt2-xl's checkpoint of 19 GB
-    device_id = device if device.type == "cuda" else None
-    dist.init_process_group(backend, None, limit, world_size, rank, store, device_id=device_id)
+    try:
+        socket.getaddrinfo(*address)  # fails at once if the name does not exist
+        # Wait for rank 0 or torchrun to listen, since PyTorch would log a stack trace for every attempt.
+        while rank > 0:
+            try:
+                socket.create_connection(address, timeout=10).close()
+                break
+            except (ConnectionError, TimeoutError):
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(1)
+        # In a thread, so that Ctrl-C ends the wait.
+        meeting = dist.rendezvous("env://", timeout=timedelta(minutes=5))
+        store, *_ = prep.begin(next, meeting).result()
+        # Each restart has its own prefix in the store, or workers would find addresses of dead ones.
+        # On a single machine only, since several may count restarts differently.
+        if world_size == read_environment("LOCAL_WORLD_SIZE", 0):
+            store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        limit = timedelta(minutes=30)  # for rank 0 to write gpt2-xl's checkpoint of 19 GB
+        device_id = device if device.type == "cuda" else None
+        dist.init_process_group(backend, None, limit, world_size, rank, store, device_id=device_id)
+    except (RuntimeError, ValueError, OSError) as error:
+        problem = str(error).split("\n")[0]
+        raise OSError(f"cannot join the other processes (MASTER_ADDR, MASTER_PORT: {address}): {problem}") from error
 
 
 def all_reduce(value: Tensor, how: dist.ReduceOp = dist.ReduceOp.SUM) -> Tensor:
@@ -321,11 +314,11 @@ def load_batch(split: Split, config: TrainConfig, size: int, process: Process, s
     return torch.from_numpy(sequences.reshape(*indices.shape, -1))
 
 
-def identify_shards(data: Path, splits: list[Split]) -> dict:
+def identify_shards(data: Path, splits: list[Split | None]) -> dict:
     """What identifies each shard, by its name: its sha256 in SHA256SUMS or, without one, its number of tokens."""
     checksums = prep.read_checksums(data)
     shards = {}
-    for split in splits:
+    for split in filter(None, splits):
         for path, tokens in zip(split.paths, split.tokens, strict=True):
             shards[path.name] = checksums.get(path.name, f"{tokens} tokens")
     return shards
@@ -374,9 +367,7 @@ def save_checkpoint(out: Path, model: GPT, trainer: dict, tokenizer: str, files:
         shutil.rmtree(part, ignore_errors=True)
         problem = f"{final} could not be written: {error}"
         raise OSError(f"{problem}; fix that and continue with --resume") from error
-    if final in prep.checkpoints(out):  # a damaged one that was skipped
-        shutil.rmtree(final)
-    elif os.path.lexists(final):  # something else with its name
+    if os.path.lexists(final):  # a damaged one that was skipped, or something else with its name
         final.rename(f"{final}.replaced_{time.time_ns()}")
     part.rename(final)
     prep.synchronize(out)
@@ -387,20 +378,18 @@ def find_best(out: Path) -> Path | None:
     """The checkpoint with the lowest validation loss in the log, if any."""
     losses = {}
     for entry in read_log(out):
-        if isinstance(entry.get("val_loss"), float) and "step" in entry:
-            losses[out / f"step_{entry['step']:06d}"] = entry["val_loss"]
+        if entry.get("val_loss"):
+            losses[out / f"step_{entry.get('step', 0):06d}"] = entry["val_loss"]
     evaluated = [path for path in prep.checkpoints(out) if path in losses]
     return min(evaluated, key=losses.get, default=None)
 
 
 def prune(out: Path, newest: Path, keep: int) -> None:
     """Remove all checkpoints but the `keep` newest and the best; 0 keeps all."""
-    if keep == 0:
-        return
     found = prep.checkpoints(out)
     past = found[: found.index(newest) + 1]  # a later one is damaged and was skipped
     best = find_best(out)
-    for old in past[:-keep]:
+    for old in past[:-keep]:  # none if `keep` is 0
         if old != best and not old.is_symlink():
             # Renamed first, so that a crash cannot leave half a checkpoint under its name.
             shutil.rmtree(old.rename(old.with_suffix(".tmp")))
@@ -428,7 +417,7 @@ def find_checkpoint(config: TrainConfig) -> Path | None:
     FileNotFoundError if all its checkpoints are damaged."""
     out = Path(config.out)
     found = prep.checkpoints(out)
-    begun = found or any("train_loss" in entry for entry in read_log(out))
+    begun = found or len(read_log(out)) > 1  # the first entry holds the settings
     if begun and not config.resume:
         raise FileExistsError(f"{out} already contains a run; add --resume, or choose another --out")
     newest = prep.newest_checkpoint(out)
@@ -460,9 +449,7 @@ def read_log(out: Path) -> list[dict]:
     with suppress(FileNotFoundError):
         for line in (out / "metrics.jsonl").read_bytes().splitlines():
             with suppress(ValueError):
-                entry = prep.read_object(line, "a line of the log")
-                if isinstance(entry.get("step", 0), int):
-                    entries.append(entry)
+                entries.append(prep.read_object(line, "a line of the log"))
     return entries
 
 
@@ -542,11 +529,11 @@ def read_tasks(name: str, path: Path, tokenizer: tiktoken.Encoding, most: int) -
     for number, line in enumerate(path.read_bytes().splitlines()[:most], start=1):
         with prep.reading(f"{path}, line {number},"):
             context, endings, label = parse_task(name, prep.read_object(line, "its JSON"))
-            begin = prep.tokenize([context], tokenizer)[1:].tolist()
+            begin = tokenizer.encode_ordinary(context)
             if not begin:
                 raise ValueError("its context is empty")
             for ending in endings:
-                end = prep.tokenize([ending], tokenizer)[1:].tolist()
+                end = tokenizer.encode_ordinary(ending)
                 rows.append(torch.tensor(begin + end))
                 counts.append(len(end))
             labels.append(label)
@@ -809,7 +796,7 @@ def train(config: TrainConfig, given: dict) -> int:
         usable = f"{data} has only {T * split.sequences:,} usable tokens"
         raise ValueError(f"{usable}; use --preset book, or a smaller --total-batch-tokens")
     val_split = prep.open_split(data, "val", T) if config.eval_every else None
-    shards = identify_shards(data, [split, val_split] if val_split else [split])
+    shards = identify_shards(data, [split, val_split])
     if checkpoint:
         check_same_shards(data, shards, trainer["shards"])
 
@@ -848,12 +835,11 @@ def train(config: TrainConfig, given: dict) -> int:
 
     # The log
     record = open_log(out, config, step) if main_process else lambda entry: None
-    precision = str(process.dtype).removeprefix("torch.") + (", compiled" if compiled else "")
     tokens = sum(split.tokens)
     epochs = config.steps * batch_tokens / tokens
     passes = batch_tokens // (size * T * process.world_size)
     say(f"{'resumed' if checkpoint else 'started'} from {source or 'scratch'}")
-    say(f"{gpt.parameter_count(model):,} parameters, {device.type}, {precision}")
+    say(f"{gpt.parameter_count(model):,} parameters, {device.type}, {process.dtype}{', compiled' if compiled else ''}")
     say(f"{tokens:,} training tokens; {config.steps:,} updates of {batch_tokens:,}, or {epochs:,.2f} epochs")
     say(f"an update: {passes} micro-batches x {process.world_size} ranks x {size} sequences x {T} tokens")
 
