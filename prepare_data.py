@@ -27,6 +27,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, fields
 from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -799,10 +800,32 @@ def status(text: str) -> None:
         print(f"\r{line}\x1b[K", end="", file=sys.stderr, flush=True)
 
 
-def new_parser(doc: str) -> argparse.ArgumentParser:
-    """A parser that reports errors in one line, and describes a script by the first line of its docstring."""
-    description = doc.splitlines()[1]
-    return argparse.ArgumentParser(usage=argparse.SUPPRESS, allow_abbrev=False, description=description)
+def option(default: Any, help: str, least: float = 0, most: float = 2**31 - 1, choices: Any = None) -> Any:
+    """A field of a dataclass of settings, with its range or choices."""
+    if default:
+        help += f" (default: {default})"
+    return field(default=default, metadata={"help": help, "range": (least, most), "choices": choices})
+
+
+def new_parser(doc: str, settings: type) -> argparse.ArgumentParser:
+    """A parser with an option for each field of a dataclass. It returns only those that are given, reports errors in
+    one line, and describes a script by the first line of its docstring."""
+    parser = argparse.ArgumentParser(
+        usage=argparse.SUPPRESS,
+        description=doc.splitlines()[1],
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )
+    for item in fields(settings):
+        how = {"action": argparse.BooleanOptionalAction}
+        if item.type is str:
+            how = {"choices": item.metadata["choices"]}
+        elif item.type is tuple:
+            how = {"nargs": "+", "metavar": "FILE"}
+        elif item.type in (int, float):
+            how = {"type": number(item.type, *item.metadata["range"])}
+        parser.add_argument(f"--{item.name}".replace("_", "-"), help=item.metadata["help"], **how)
+    return parser
 
 
 def number(kind: type, least: float, most: float) -> Callable:
@@ -950,11 +973,26 @@ def check_checksums(directory: Path, names: Iterable) -> None:
 # The command line
 
 
-def prepare_source(source: str | None, args: argparse.Namespace) -> None:
-    """Prepare one source in a directory of its own; None means the files of --input."""
+@dataclass(frozen=True)
+class Options:
+    """The options of prepare_data.py."""
+
+    source: str = option("", "what to prepare (default: fineweb-edu, evaluation sets)", choices=SOURCES)
+    input: tuple = option((), "your own text: .txt, .jsonl, .jsonl.gz, .parquet")
+    subset: str = option("sample-10BT", "sample or dump of FineWeb")
+    out: str = option("", "output directory (default: data/NAME); without --source, of FineWeb-Edu")
+    tokenizer: str = option("", "tokenizer (default: gpt2; byte for the demo)", choices=VOCAB_SIZES)
+    shard_tokens: int = option(10**8, "tokens in a shard", 1)
+    val_tokens: int = option(0, "validation tokens (default: a tenth, at most 1M; FineWeb: 100M)", 1, 10**15)
+    max_tokens: int = option(0, "tokens in both splits together (default: all)", 1, 10**15)
+    workers: int = option(0, "threads (default: one per core)", 1, 1024)
+
+
+def prepare_source(source: str, args: Options) -> None:
+    """Prepare one source in a directory of its own; "" means the files of --input."""
     name = source or Path(args.input[0]).name.split(".")[0] or "text"
     out = Path(args.out or f"data/{name}")
-    files = [local_file(Path(path)) for path in args.input or []]
+    files = [local_file(Path(path)) for path in args.input]
     if source in FILES:
         files = [FILES[source]]
     with locked(out), tempfile.TemporaryDirectory() as scratch:
@@ -970,12 +1008,12 @@ def prepare_source(source: str | None, args: argparse.Namespace) -> None:
             "subset": args.subset if source in HUB_DATASETS else None,
             "tokenizer": args.tokenizer or ("byte" if source == "demo" else "gpt2"),
             "shard_tokens": args.shard_tokens,
-            "max_tokens": args.max_tokens,
+            "max_tokens": args.max_tokens or None,
         }
         if args.val_tokens:
             settings["val_tokens"] = args.val_tokens
         # Each has a tokenizer of its own, of 10 MB.
-        workers = min(args.workers, os.cpu_count())
+        workers = min(args.workers or 1024, os.cpu_count())
         meta = prepare(settings, files, out, workers)
     train_tokens = meta["train"]["tokens"]
     say(f"{out}: {train_tokens:,} tokens for training, {meta['val']['tokens']:,} for validation")
@@ -991,20 +1029,10 @@ def prepare_source(source: str | None, args: argparse.Namespace) -> None:
 
 
 def main(argv: list | None = None) -> None:
-    parser = new_parser(__doc__)
-    add = parser.add_argument
-    origin = parser.add_mutually_exclusive_group()
-    amount = number(int, 1, 10**15)
-    origin.add_argument("--source", choices=SOURCES, help="what to prepare (default: fineweb-edu, evaluation sets)")
-    origin.add_argument("--input", nargs="+", metavar="FILE", help="your own text: .txt, .jsonl, .jsonl.gz, .parquet")
-    add("--subset", default="sample-10BT", help="sample or dump of FineWeb (default: sample-10BT)")
-    add("--out", help="output directory (default: data/NAME); without --source, of FineWeb-Edu")
-    add("--tokenizer", choices=VOCAB_SIZES, help="tokenizer (default: gpt2; byte for the demo)")
-    add("--shard-tokens", type=number(int, 1, 2**31 - 1), default=10**8, help="tokens in a shard (default: 100M)")
-    add("--val-tokens", type=amount, help="validation tokens (default: a tenth, at most 1M; FineWeb: 100M)")
-    add("--max-tokens", type=amount, help="tokens in both splits together (default: all)")
-    add("--workers", type=number(int, 1, 1024), default=1024, help="threads (default: one per core)")
-    args = parser.parse_args(argv)
+    parser = new_parser(__doc__, Options)
+    args = Options(**vars(parser.parse_args(argv)))
+    if args.source and args.input:
+        parser.error("--source and --input exclude each other")
     sources = [args.source] if args.input or args.source else [*EVALUATION_SETS, "fineweb-edu"]
     with one_line_errors("prepare_data.py", "use fewer --workers"):
         for source in sources[-1:] if args.out else sources:

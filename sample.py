@@ -7,12 +7,12 @@ Continue a prompt with a trained GPT-2; the text appears as it is generated.
 Only the text goes to standard output; the model's name and its speed go to standard error.
 """
 
-import argparse
 import codecs
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from dataclasses import dataclass
 
 try:
     import tiktoken
@@ -20,10 +20,28 @@ try:
 
     import model as gpt
     import prepare_data as prep
+    from prepare_data import option
 except ImportError as error:
     sys.exit(f"sample.py: error: {error}; pip install -r requirements.txt")
 except KeyboardInterrupt:
     sys.exit(130)
+
+
+@dataclass(frozen=True)
+class Options:
+    """The options of sample.py."""
+
+    model: str = option("out", "a checkpoint, a run, a directory of runs (the newest), or gpt2, gpt2-medium, ...")
+    prompt: str = option("", "text to continue; - reads standard input (default: none)")
+    interactive: bool = option(False, "read prompts from standard input, one per line")
+    num_samples: int = option(1, "samples per prompt", 1, 4096)
+    max_new_tokens: int = option(500, "tokens per sample", 1, 10**6)
+    temperature: float = option(0.8, "0 is greedy, higher is wilder", 0, 10**6)
+    top_k: int = option(50, "keep the k most likely tokens; 0: all", 0, 10**6)
+    top_p: float = option(1.0, "keep the fewest tokens that sum to p", 1e-6, 1)
+    seed: int = option(1337, "seed of the random draws", 0, 2**63 - 1)
+    device: str = option("auto", "device to run on", choices=gpt.DEVICES)
+    dtype: str = option("auto", "precision of the model", choices=gpt.DTYPES)
 
 
 def stream_decoder(tokenizer: tiktoken.Encoding) -> Callable:
@@ -39,7 +57,7 @@ def stream_decoder(tokenizer: tiktoken.Encoding) -> Callable:
     return decode
 
 
-def read_prompts(args: argparse.Namespace) -> Iterator:
+def read_prompts(args: Options) -> Iterator:
     """The prompt, from the command line or standard input; with --interactive, each line of standard input."""
     if args.interactive or args.prompt == "-":
         # A byte-order mark is no text, all line ends become a line feed, and a bad byte does not end a session.
@@ -68,7 +86,7 @@ def encode_prompt(prompt: str, tokenizer: tiktoken.Encoding, block_size: int) ->
 
 
 def print_samples(
-    model: gpt.GPT, tokenizer: tiktoken.Encoding, prompt: str, args: argparse.Namespace, generator: torch.Generator
+    model: gpt.GPT, tokenizer: tiktoken.Encoding, prompt: str, args: Options, generator: torch.Generator
 ) -> None:
     """Print the first sample as it is generated, then the others, each below a line of dashes."""
     tokens = encode_prompt(prompt, tokenizer, model.config.block_size)
@@ -98,7 +116,7 @@ def print_samples(
     print(f"{count} tokens, {count / (time.perf_counter() - began):.1f} tokens/s", file=sys.stderr)
 
 
-def sample(args: argparse.Namespace) -> None:
+def sample(args: Options) -> None:
     directory = prep.model_directory(args.model)
     device = gpt.choose_device(args.device)
     _, tokenizer_name = gpt.read_config(directory)
@@ -116,23 +134,8 @@ def sample(args: argparse.Namespace) -> None:
 
 
 def main(argv: list | None = None) -> None:
-    parser = prep.new_parser(__doc__)
-    add = parser.add_argument
-    number = prep.number
-    add(
-        "--model", default="out", help="a checkpoint, a run, or gpt2, gpt2-medium, ... (default: the newest under out/)"
-    )
-    add("--prompt", default="", help="text to continue; - reads standard input (default: none)")
-    add("--interactive", action="store_true", help="read prompts from standard input, one per line")
-    add("--num-samples", type=number(int, 1, 4096), default=1, help="samples per prompt (default: 1)")
-    add("--max-new-tokens", type=number(int, 1, 10**6), default=500, help="tokens per sample (default: 500)")
-    add("--temperature", type=number(float, 0, 10**6), default=0.8, help="0 is greedy, higher is wilder (default: 0.8)")
-    add("--top-k", type=number(int, 0, 10**6), default=50, help="keep the k most likely tokens; 0: all (default: 50)")
-    add("--top-p", type=number(float, 1e-6, 1), default=1.0, help="keep the fewest tokens that sum to p (default: 1)")
-    add("--seed", type=number(int, 0, 2**63 - 1), default=1337, help="seed of the random draws (default: 1337)")
-    add("--device", default="auto", choices=gpt.DEVICES, help="device to run on (default: auto)")
-    add("--dtype", default="auto", choices=gpt.DTYPES, help="precision of the model (default: auto)")
-    args = parser.parse_args(argv)
+    parser = prep.new_parser(__doc__, Options)
+    args = Options(**vars(parser.parse_args(argv)))
     torch.backends.cuda.enable_cudnn_sdp(False)  # cuDNN makes a new plan for every length
     with prep.one_line_errors("sample.py", "use fewer --num-samples, or a smaller --model"):
         sample(args)

@@ -23,7 +23,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
 from functools import lru_cache
 from pathlib import Path
@@ -42,20 +42,13 @@ try:
     import model as gpt
     import prepare_data as prep
     from model import GPT, MODEL_SIZES, GPTConfig
-    from prepare_data import Split, say, status
+    from prepare_data import Split, option, say, status
 except ImportError as error:
     sys.exit(f"train.py: error: {error}; pip install -r requirements.txt")
 except KeyboardInterrupt:
     sys.exit(130)
 
 # The configuration
-
-
-def option(default: Any, help: str, least: float = 0, most: float = 2**31 - 1, choices: Any = None) -> Any:
-    """A field of TrainConfig, with its range or choices."""
-    if default not in ("", None, False):
-        help += f" (default: {default})"
-    return field(default=default, metadata={"help": help, "range": (least, most), "choices": choices})
 
 
 @dataclass(frozen=True)
@@ -135,19 +128,10 @@ PRESETS = {"gpt2": TrainConfig(), "book": BOOK, "demo": replace(BOOK, data="data
 
 
 def parse_args(parser: argparse.ArgumentParser, argv: list[str] | None) -> tuple[TrainConfig, dict]:
-    """Parse the command line, an option for each field. Returns all settings, and the ones given explicitly, to which
-    --out is added."""
+    """Parse the command line. Returns all settings, and the ones given explicitly, to which --out is added."""
     add = parser.add_argument
     add("--preset", default="gpt2", choices=PRESETS, help="settings to start from; other options override them")
-    for item in fields(TrainConfig):
-        how = {"action": argparse.BooleanOptionalAction}
-        if item.type is str:
-            how = {"choices": item.metadata["choices"]}
-        elif item.type in (int, float):
-            how = {"type": prep.number(item.type, *item.metadata["range"])}
-        add(f"--{item.name}".replace("_", "-"), help=item.metadata["help"], **how)
-    options = vars(parser.parse_args(argv))
-    given = {name: value for name, value in options.items() if value is not None}
+    given = vars(parser.parse_args(argv))
     config = replace(PRESETS[given.pop("preset")], **given)
     name = Path(config.data).resolve().name
     if config.eval_only and "data" not in given:
@@ -964,7 +948,7 @@ def train(config: TrainConfig, given: dict) -> int:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = prep.new_parser(__doc__)
+    parser = prep.new_parser(__doc__, TrainConfig)
     config, given = parse_args(parser, argv)
     try:
         if not (config.resume or config.eval_only):  # else the checkpoint has most of the settings
