@@ -247,8 +247,9 @@ def get(url: str, first: int = 0) -> requests.Response:
     )
     session = requests.Session()
     session.auth = lambda request: request  # or .netrc's password would replace the token
-    for scheme in ("http://", "https://"):
-        session.mount(scheme, requests.adapters.HTTPAdapter(max_retries=retries))
+    adapter = requests.adapters.HTTPAdapter(max_retries=retries)
+    session.mount("http://", adapter)
+    session.mount("https://", adapter)
     response = session.get(url, headers=headers, stream=True, timeout=(10, 30))
     if not response.ok:
         raise requests.HTTPError(f"the server answered {response.status_code}")
@@ -731,11 +732,9 @@ def fetch_model(name: str) -> Path:
         check_checksums(directory, MODEL_FILES)
         return directory
     with locked(directory, wait=True):  # download() skips what another process has fetched
-        files = {file.name: file for file in list_hub(f"models/openai-community/{name}")}
-        for file in MODEL_FILES:
-            if file not in files:
-                raise OSError(f"the hub lists no {file} for {name}; check HF_ENDPOINT")
-            download(files[file], directory / file)
+        for file in list_hub(f"models/openai-community/{name}"):
+            if file.name in MODEL_FILES:
+                download(file, directory / file.name)
         add_checksums(directory, MODEL_FILES)
     return directory
 
@@ -1017,15 +1016,14 @@ def prepare_source(source: str, args: Options) -> None:
         meta = prepare(settings, files, out, workers)
     train_tokens = meta["train"]["tokens"]
     say(f"{out}: {train_tokens:,} tokens for training, {meta['val']['tokens']:,} for validation")
-    data = f"--data={shlex.quote(str(out))}"
+    use = "train with: python train.py --preset gpt2"
     if train_tokens == 0:
-        model = "gpt2" if meta["tokenizer"] == "gpt2" else "MODEL"
-        say(f"evaluate with: python train.py --eval-only --init-from {model} {data}")
-        return
-    preset = "gpt2" if train_tokens >= 10**7 else "book"
-    if source == "demo":
-        preset = "demo"
-    say(f"train with: python train.py --preset {preset} {data}")
+        use = "evaluate with: python train.py --eval-only --init-from MODEL"
+    elif source == "demo":
+        use = "train with: python train.py --preset demo"
+    elif train_tokens < 10**7:
+        use = "train with: python train.py --preset book"
+    say(f"{use} --data={shlex.quote(str(out))}")
 
 
 def main(argv: list | None = None) -> None:
