@@ -546,7 +546,7 @@ def test_openai_weights_are_fetched_once_and_checked(hub: Any, monkeypatch: Patc
     cdn = f"http://localhost:{hub.server_port}/cdn"
     for name in files:
         hub.headers[f"/openai-community/gpt2/resolve/main/{name}"] = ("Location", f"{cdn}/{name}")
-    hub.faults[:] = ["", "", "drop"]
+    hub.faults[:] = ["", "", "", "", "drop"]  # the fifth request is for the weights
     with ThreadPoolExecutor(4) as ranks:  # all want it at once, and one fetches it
         directory = [*ranks.map(prep.model_directory, ["gpt2"] * 4)][3]
     assert contents(directory).items() > files.items()
