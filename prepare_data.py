@@ -145,39 +145,33 @@ def read_parquet(path: Path) -> Iterator:
 READERS = {".txt": read_txt, ".jsonl": read_jsonl, ".gz": read_jsonl, ".parquet": read_parquet}
 
 
-def read_texts(path: Path) -> Iterator:
-    """The documents of a file, "" for a blank line or a null. Raises ValueError, naming the line, for a damaged,
-    non-Unicode or oversized one."""
+def read_batches(path: Path) -> Iterator:
+    """The non-empty documents of a file, in batches of at least BATCH_CHARACTERS (but the last). Raises ValueError,
+    naming the line, for a damaged, non-Unicode or oversized one."""
+    batch = []
+    length = 0
     line = 1
     separators = 0
     try:
         for text in READERS[path.suffix.lower()](path):
             if not isinstance(text, str | None):
                 raise ValueError('each document needs a string in the field "text"')
-            text = text or ""
-            # encode() fails for half a surrogate pair, which JSON can contain.
-            check_size(len(text.encode()))
-            yield text
+            if text:
+                # encode() fails for half a surrogate pair, which JSON can contain.
+                check_size(len(text.encode()))
+                batch.append(text)
+                length += len(text)
+                separators += text.count(END_OF_TEXT)
+            if length >= BATCH_CHARACTERS:
+                yield batch
+                batch = []
+                length = 0
             line += 1
-            separators += text.count(END_OF_TEXT)
     except Exception as error:  # of the file system, zlib, JSON, pyarrow, ...
         where = f"{path}, line {line:,}," if ".json" in path.name.lower() else path
         raise ValueError(f"{where} cannot be read: {str(error) or type(error).__name__}") from error
     if separators:
         say(f"warning: {path} has {separators:,} {END_OF_TEXT} in its texts, kept as ordinary text", sys.stderr)
-
-
-def read_batches(path: Path) -> Iterator:
-    """The non-empty documents of a file, in batches of at least BATCH_CHARACTERS (but the last)."""
-    batch = []
-    length = 0
-    for text in filter(None, read_texts(path)):
-        batch.append(text)
-        length += len(text)
-        if length >= BATCH_CHARACTERS:
-            yield batch
-            batch = []
-            length = 0
     yield batch
 
 
@@ -235,26 +229,20 @@ def get(url: str, first: int = 0) -> requests.Response:
     token = os.environ.get("HF_TOKEN", "").strip()
     if token and url.startswith(hub + "/"):
         headers["Authorization"] = f"Bearer {token}"
-    retries = Retry(
-        8,
-        connect=2,
-        read=2,
-        status_forcelist=(408, 429, 500, 502, 503, 504),
-        backoff_factor=1,
-        backoff_max=60,
-        retry_after_max=60,
-        raise_on_status=False,
-    )
     session = requests.Session()
     session.auth = lambda request: request  # or .netrc's password would replace the token
-    for scheme in ("http://", "https://"):
-        session.mount(scheme, requests.adapters.HTTPAdapter(max_retries=retries))
+    transient = (408, 429, 500, 502, 503, 504)
+    waits = {"backoff_factor": 1, "backoff_max": 60, "retry_after_max": 60}
+    retries = Retry(8, connect=2, read=2, status_forcelist=transient, raise_on_status=False, **waits)
+    for adapter in session.adapters.values():
+        adapter.max_retries = retries
     response = session.get(url, headers=headers, stream=True, timeout=(10, 30))
     if not response.ok:
         raise requests.HTTPError(f"the server answered {response.status_code}")
     return response
 
 
+LISTING_SECONDS = 60
 ADVICE = "check --subset, HF_ENDPOINT and your proxy, set HF_TOKEN, or run the command again to continue"
 
 
@@ -272,23 +260,26 @@ def list_hub(repository: str, folder: str = "") -> list:
     """List a folder of `datasets/OWNER/NAME` or `models/OWNER/NAME` on the hub. Raises OSError or ValueError."""
     name = f"the list of {repository}{folder}"
     base = f"/{repository.removeprefix('models/')}/resolve/main"
-    url = f"/api/{repository}/tree/main{folder}"
-    deadline = time.monotonic() + 60
+
+    def get_pages() -> list:
+        pages = []
+        url = f"/api/{repository}/tree/main{folder}"
+        while url:
+            with get(url) as response:
+                pages.append(response.json())
+            url = response.links.get("next", {}).get("url")
+        return pages
+
+    status(f"fetching {name}")
+    with fetching(name):
+        # In a thread, since requests limits each wait, but not their sum.
+        pages = begin(get_pages).result(timeout=LISTING_SECONDS)
     files = set()
-    while url:
-        status(f"fetching {name}")
-        with fetching(name), get(url) as response:
-            page = b""
-            for piece in iter(lambda: response.raw.read1(1 << 16), b""):
-                page += piece
-                if time.monotonic() > deadline:
-                    raise TimeoutError
-        with reading(name):
-            for entry in json.loads(page):
-                path = str(entry["path"])
-                checksum = (entry.get("lfs") or {}).get("oid", "")
-                files.add(RawFile(path, int(entry["size"]), checksum, f"{base}/{path}"))
-        url = response.links.get("next", {}).get("url")
+    with reading(name):
+        for entry in itertools.chain(*pages):
+            path = str(entry["path"])
+            checksum = (entry.get("lfs") or {}).get("oid", "")
+            files.add(RawFile(path, int(entry["size"]), checksum, f"{base}/{path}"))
     return sorted(files)
 
 
@@ -321,13 +312,11 @@ def download(file: RawFile, path: Path) -> Path:
         while out.tell() < file.size:
             try:
                 receive(file, out)
-            except ValueError:  # an odd address
-                raise
-            # Any other error, such as a refusal, would be the same again.
+            # Any other error, such as a refusal or an odd address, would be the same again.
             except (requests.ConnectionError, requests.Timeout, HTTPError) as error:
                 failures = 0 if out.tell() > furthest else failures + 1
                 furthest = max(furthest, out.tell())
-                if failures == 8:
+                if failures == 8 or isinstance(error, ValueError):
                     raise
                 say(f"fetching {file.name}: {type(error).__name__}; trying again", sys.stderr)
                 time.sleep(min(60.0, 2.0**failures - 1))
