@@ -52,7 +52,6 @@ except KeyboardInterrupt:
 VOCAB_SIZES = {"gpt2": 50257, "byte": 257}
 TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer_config.json")
 END_OF_TEXT = "<|endoftext|>"
-TOKENIZER_ADVICE = "connect to the Internet, or set TIKTOKEN_CACHE_DIR to a cache that contains it"
 GPT2_ENCODING = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main"
 # GPT-2's pattern with all but the lookahead in one group, which tiktoken matches much faster.
 GPT2_PATTERN = r"(?:'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+$)|\s+(?!\S)|\s"
@@ -65,7 +64,8 @@ def get_tokenizer(name: str, thread: int = 0) -> tiktoken.Encoding:
     pattern = r"(?s:.{1,512})"
     ranks = {bytes([byte]): byte for byte in range(256)}
     if name == "gpt2":
-        with fetching("GPT-2's tokenizer", TOKENIZER_ADVICE):
+        advice = "connect to the Internet, or set TIKTOKEN_CACHE_DIR to a cache that contains it"
+        with fetching("GPT-2's tokenizer", advice):
             # In a thread, since tiktoken has no timeout of its own.
             ranks = begin(tiktoken.get_encoding, name).result(timeout=120)._mergeable_ranks
         pattern = GPT2_PATTERN
@@ -87,9 +87,8 @@ def tokenizer_files(name: str, block_size: int) -> dict:
     config = {"tokenizer_class": "GPT2Tokenizer", "model_max_length": block_size}
     if name == "gpt2":
         # OpenAI's own, in tiktoken's cache since get_tokenizer()
-        with fetching("GPT-2's tokenizer", TOKENIZER_ADVICE):
-            vocab = read_file_cached(f"{GPT2_ENCODING}/encoder.json")
-            merges = read_file_cached(f"{GPT2_ENCODING}/vocab.bpe")
+        vocab = read_file_cached(f"{GPT2_ENCODING}/encoder.json")
+        merges = read_file_cached(f"{GPT2_ENCODING}/vocab.bpe")
     else:
         # GPT-2 spells bytes as characters: printable ones as in Latin-1, the others from chr(256) on.
         others = [*range(33), *range(127, 161), 173]
@@ -470,11 +469,10 @@ START = [0, 0, 0]  # a position in a corpus: a file, a batch of documents in it,
 
 
 def local_file(path: Path) -> RawFile:
-    """A file of the user's. Raises FileNotFoundError or ValueError for one that cannot be read as text."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist, or is not a file")
-    if path.suffix.lower() not in READERS:
-        raise ValueError(f"{path} is not a file of a known format (.txt, .jsonl, .jsonl.gz, .parquet)")
+    """A file of the user's. Raises ValueError for one that cannot be read as text."""
+    if not path.is_file() or path.suffix.lower() not in READERS:
+        formats = ".txt, .jsonl, .jsonl.gz, .parquet"
+        raise ValueError(f"{path} does not exist, or is not a file of a known format ({formats})")
     stat = path.stat()
     return RawFile(str(path), stat.st_size, sha256_of(path), changed=stat.st_ctime_ns)
 
@@ -986,15 +984,11 @@ def prepare_source(source: str, args: Options) -> None:
         meta = prepare(settings, files, out, workers)
     train_tokens = meta["train"]["tokens"]
     say(f"{out}: {train_tokens:,} tokens for training, {meta['val']['tokens']:,} for validation")
-    data = f"--data={shlex.quote(str(out))}"
-    if train_tokens == 0:
-        model = "gpt2" if meta["tokenizer"] == "gpt2" else "MODEL"
-        say(f"evaluate with: python train.py --eval-only --init-from {model} {data}")
-        return
     preset = "gpt2" if train_tokens >= 10**7 else "book"
-    if source == "demo":
-        preset = "demo"
-    say(f"train with: python train.py --preset {preset} {data}")
+    command = f"--preset {'demo' if source == 'demo' else preset}"
+    if train_tokens == 0:
+        command = f"--eval-only --init-from {'gpt2' if meta['tokenizer'] == 'gpt2' else 'MODEL'}"
+    say(f"now run: python train.py {command} --data={shlex.quote(str(out))}")
 
 
 def main(argv: list | None = None) -> None:
