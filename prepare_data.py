@@ -963,10 +963,11 @@ def prepare_source(source: str, args: Options) -> None:
             say(f"{source}: {path}")
             return
         if source == "demo":
-            from pydoc_data.topics import topics  # Python's own manual
+            from pydoc_data.topics import topics  # of Python's own manual
 
             path = Path(scratch) / "topics.txt"
-            path.write_text(END_OF_TEXT.join(topics[name] for name in sorted(topics)), encoding="utf-8")
+            manual = END_OF_TEXT.join(topics[name] for name in sorted(topics))
+            path.write_text(manual, encoding="utf-8")
             files = [local_file(path)]
         settings = {  # together, these determine every byte of the result
             "source": source or [[Path(file.name).name, file.size, file.sha256] for file in files],
