@@ -52,7 +52,6 @@ except KeyboardInterrupt:
 VOCAB_SIZES = {"gpt2": 50257, "byte": 257}
 TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer_config.json")
 END_OF_TEXT = "<|endoftext|>"
-TOKENIZER_ADVICE = "connect to the Internet, or set TIKTOKEN_CACHE_DIR to a cache that contains it"
 GPT2_ENCODING = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main"
 # GPT-2's pattern with all but the lookahead in one group, which tiktoken matches much faster.
 GPT2_PATTERN = r"(?:'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+$)|\s+(?!\S)|\s"
@@ -65,7 +64,8 @@ def get_tokenizer(name: str, thread: int = 0) -> tiktoken.Encoding:
     pattern = r"(?s:.{1,512})"
     ranks = {bytes([byte]): byte for byte in range(256)}
     if name == "gpt2":
-        with fetching("GPT-2's tokenizer", TOKENIZER_ADVICE):
+        advice = "connect to the Internet, or set TIKTOKEN_CACHE_DIR to a cache that contains it"
+        with fetching("GPT-2's tokenizer", advice):
             # In a thread, since tiktoken has no timeout of its own.
             ranks = begin(tiktoken.get_encoding, name).result(timeout=120)._mergeable_ranks
         pattern = GPT2_PATTERN
@@ -87,9 +87,8 @@ def tokenizer_files(name: str, block_size: int) -> dict:
     config = {"tokenizer_class": "GPT2Tokenizer", "model_max_length": block_size}
     if name == "gpt2":
         # OpenAI's own, in tiktoken's cache since get_tokenizer()
-        with fetching("GPT-2's tokenizer", TOKENIZER_ADVICE):
-            vocab = read_file_cached(f"{GPT2_ENCODING}/encoder.json")
-            merges = read_file_cached(f"{GPT2_ENCODING}/vocab.bpe")
+        vocab = read_file_cached(f"{GPT2_ENCODING}/encoder.json")
+        merges = read_file_cached(f"{GPT2_ENCODING}/vocab.bpe")
     else:
         # GPT-2 spells bytes as characters: printable ones as in Latin-1, the others from chr(256) on.
         others = [*range(33), *range(127, 161), 173]
@@ -145,39 +144,33 @@ def read_parquet(path: Path) -> Iterator:
 READERS = {".txt": read_txt, ".jsonl": read_jsonl, ".gz": read_jsonl, ".parquet": read_parquet}
 
 
-def read_texts(path: Path) -> Iterator:
-    """The documents of a file, "" for a blank line or a null. Raises ValueError, naming the line, for a damaged,
-    non-Unicode or oversized one."""
+def read_batches(path: Path) -> Iterator:
+    """The non-empty documents of a file, in batches of at least BATCH_CHARACTERS (but the last). Raises ValueError,
+    naming the line, for a damaged, non-Unicode or oversized one."""
+    batch = []
+    length = 0
     line = 1
     separators = 0
     try:
         for text in READERS[path.suffix.lower()](path):
             if not isinstance(text, str | None):
                 raise ValueError('each document needs a string in the field "text"')
-            text = text or ""
-            # encode() fails for half a surrogate pair, which JSON can contain.
-            check_size(len(text.encode()))
-            yield text
+            if text:
+                # encode() fails for half a surrogate pair, which JSON can contain.
+                check_size(len(text.encode()))
+                batch.append(text)
+                length += len(text)
+                separators += text.count(END_OF_TEXT)
+            if length >= BATCH_CHARACTERS:
+                yield batch
+                batch = []
+                length = 0
             line += 1
-            separators += text.count(END_OF_TEXT)
     except Exception as error:  # of the file system, zlib, JSON, pyarrow, ...
         where = f"{path}, line {line:,}," if ".json" in path.name.lower() else path
         raise ValueError(f"{where} cannot be read: {str(error) or type(error).__name__}") from error
     if separators:
         say(f"warning: {path} has {separators:,} {END_OF_TEXT} in its texts, kept as ordinary text", sys.stderr)
-
-
-def read_batches(path: Path) -> Iterator:
-    """The non-empty documents of a file, in batches of at least BATCH_CHARACTERS (but the last)."""
-    batch = []
-    length = 0
-    for text in filter(None, read_texts(path)):
-        batch.append(text)
-        length += len(text)
-        if length >= BATCH_CHARACTERS:
-            yield batch
-            batch = []
-            length = 0
     yield batch
 
 
@@ -235,21 +228,13 @@ def get(url: str, first: int = 0) -> requests.Response:
     token = os.environ.get("HF_TOKEN", "").strip()
     if token and url.startswith(hub + "/"):
         headers["Authorization"] = f"Bearer {token}"
-    retries = Retry(
-        8,
-        connect=2,
-        read=2,
-        status_forcelist=(408, 429, 500, 502, 503, 504),
-        backoff_factor=1,
-        backoff_max=60,
-        retry_after_max=60,
-        raise_on_status=False,
-    )
     session = requests.Session()
     session.auth = lambda request: request  # or .netrc's password would replace the token
-    adapter = requests.adapters.HTTPAdapter(max_retries=retries)
-    session.mount("http://", adapter)
-    session.mount("https://", adapter)
+    transient = (408, 429, 500, 502, 503, 504)
+    waits = {"backoff_factor": 1, "backoff_max": 60, "retry_after_max": 60}
+    retries = Retry(8, connect=2, read=2, status_forcelist=transient, raise_on_status=False, **waits)
+    for adapter in session.adapters.values():
+        adapter.max_retries = retries
     response = session.get(url, headers=headers, stream=True, timeout=(10, 30))
     if not response.ok:
         raise requests.HTTPError(f"the server answered {response.status_code}")
@@ -274,12 +259,12 @@ def list_hub(repository: str, folder: str = "") -> list:
     name = f"the list of {repository}{folder}"
     base = f"/{repository.removeprefix('models/')}/resolve/main"
     url = f"/api/{repository}/tree/main{folder}"
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 600  # leaves time for waits that the hub asks for
     files = set()
     while url:
         status(f"fetching {name}")
+        page = b""
         with fetching(name), get(url) as response:
-            page = b""
             for piece in iter(lambda: response.raw.read1(1 << 16), b""):
                 page += piece
                 if time.monotonic() > deadline:
@@ -322,13 +307,11 @@ def download(file: RawFile, path: Path) -> Path:
         while out.tell() < file.size:
             try:
                 receive(file, out)
-            except ValueError:  # an odd address
-                raise
-            # Any other error, such as a refusal, would be the same again.
+            # Any other error, such as a refusal or an odd address, would be the same again.
             except (requests.ConnectionError, requests.Timeout, HTTPError) as error:
                 failures = 0 if out.tell() > furthest else failures + 1
                 furthest = max(furthest, out.tell())
-                if failures == 8:
+                if failures == 8 or isinstance(error, ValueError):
                     raise
                 say(f"fetching {file.name}: {type(error).__name__}; trying again", sys.stderr)
                 time.sleep(min(60.0, 2.0**failures - 1))
@@ -343,14 +326,12 @@ def tokenize_in_order(files: list, paths: list, start: list, tokenizer_name: str
     """(place, tokens) of each batch of documents, in order from `start` on: [file, batch within it], and (n,) uint16.
     Threads tokenize ahead (tiktoken releases the GIL) while another downloads the next file to its path."""
 
+    def fetch(index: int) -> Path:
+        return download(files[index], paths[index])
+
     def read() -> Iterator:
-        first = start[0]
-        # map() is lazy: each download begins when next() asks for it.
-        downloads = map(begin, itertools.repeat(download), files[first:], paths[first:])
-        ahead = next(downloads, None)
-        for index in range(first, len(files)):
-            path = ahead.result()
-            ahead = next(downloads, None)
+        fetched = in_background(fetch, range(start[0], len(files)), ahead=1)
+        for index, path in enumerate(fetched, start[0]):
             for i, texts in enumerate(read_batches(path)):
                 if [index, i] >= start:
                     yield [index, i], texts
@@ -361,7 +342,8 @@ def tokenize_in_order(files: list, paths: list, start: list, tokenizer_name: str
         place, texts = batch
         return place, tokenize(texts, get_tokenizer(tokenizer_name, threading.get_ident()))
 
-    return in_background(tokenize_batch, read(), workers, 2 * workers)
+    # Not a thread for each batch, since tiktoken would build its regex's tables again in each.
+    return in_background(tokenize_batch, read(), 2 * workers, ThreadPoolExecutor(workers).submit)
 
 
 # Shards
@@ -426,16 +408,20 @@ def open_split(directory: Path, name: str, sequence_length: int) -> Split:
     listed = read_checksums(directory)
     expected = {file for file in listed if is_of_split(file, name)}
     if listed and found != expected:
-        problem = f"{directory / min(found ^ expected)} is missing, or not in SHA256SUMS"
-        raise ValueError(f"{problem}; restore it, or prepare the data again with another --out")
+        raise ValueError(
+            f"{directory / min(found ^ expected)} is missing, or not in SHA256SUMS; "
+            "restore it, or prepare the data again with another --out"
+        )
     if not paths:
         raise FileNotFoundError(f"{directory} contains no {name} shards; run prepare_data.py first")
     tokens = [read_header(path) for path in paths]
     sequences = [(count - 1) // sequence_length for count in tokens]
     first = np.cumsum([0, *sequences], dtype=np.int64)
     if first[-1] == 0:
-        problem = f"no {name} shard of {directory} has {sequence_length + 1} tokens"
-        raise ValueError(f"{problem}; use more text, or a shorter --sequence-length")
+        raise ValueError(
+            f"no {name} shard of {directory} has {sequence_length + 1} tokens; "
+            "use more text, or a shorter --sequence-length"
+        )
     return Split(paths, tokens, first, sequence_length, vocab_size)
 
 
@@ -486,14 +472,6 @@ def local_file(path: Path) -> RawFile:
         raise ValueError(f"{path} is not a file of a known format (.txt, .jsonl, .jsonl.gz, .parquet)")
     stat = path.stat()
     return RawFile(str(path), stat.st_size, sha256_of(path), changed=stat.st_ctime_ns)
-
-
-def write_demo(path: Path) -> RawFile:
-    """The topics of Python's own manual, which ships with CPython, as a local file."""
-    from pydoc_data.topics import topics
-
-    path.write_text(END_OF_TEXT.join(topics[name] for name in sorted(topics)), encoding="utf-8")
-    return local_file(path)
 
 
 def list_corpus(settings: dict) -> list:
@@ -564,8 +542,10 @@ def open_meta(settings: dict, files: list, out: Path) -> dict:
         if not changed:
             return meta
         if meta["position"] != START:
-            problem = f"{out} was prepared differently: {changed[0]} was {meta.get(changed[0])}"
-            raise ValueError(f"{problem}, now {settings[changed[0]]}; choose another --out")
+            raise ValueError(
+                f"{out} was prepared differently: {changed[0]} was {meta.get(changed[0])}, "
+                f"now {settings[changed[0]]}; choose another --out"
+            )
     elif any(out.glob("*.bin")):
         raise FileExistsError(f"{out} has shards that this script did not write; choose another --out")
     meta = settings | {split: dict.fromkeys(COUNTS, 0) for split in ("train", "val")}
@@ -578,41 +558,17 @@ def open_meta(settings: dict, files: list, out: Path) -> dict:
     return meta
 
 
-def check_prepared(out: Path, meta: dict) -> bool:
-    """Check what earlier runs have written, and return whether it is complete. Raises ValueError."""
-    names = set(read_checksums(out))
-    for split in ("val", "train"):
-        names |= {f"{split}_{i:06d}.bin" for i in range(meta[split]["shards"])}
-    try:
-        check_checksums(out, sorted(names))
-    except (ValueError, FileNotFoundError) as error:
-        raise ValueError(f"{error}; restore it, or delete {out} and prepare it again") from error
-    return "meta.json" in names
-
-
-def check_unchanged(files: list) -> None:
-    """Raise ValueError if a file of the user's has changed since its sha256 was taken. Checked after a shard's text is
-    read and before it is written, so that no shard is of another text than the first."""
-    for file in files:
-        if not file.url and os.stat(file.name).st_ctime_ns != file.changed:
-            problem = f"{file.name} has changed since its preparation began"
-            raise ValueError(f"{problem}; restore it, or choose another --out")
-
-
 def choose_val_tokens(batches: Iterator, meta: dict) -> Iterator:
-    """Set meta["val_tokens"] to 100M for the hub's corpora, and to a tenth of the first 10M tokens for others, whose
-    batches are read ahead. Returns the same batches."""
-    sample = min(meta["max_tokens"] or sys.maxsize, 10**9)
+    """Set meta["val_tokens"] to a tenth of the first 10M tokens. Returns the same batches, some of them read ahead."""
+    most = min(meta["max_tokens"] or sys.maxsize, 10**7)
+    sample = 0
     ahead = []
-    if not meta["subset"]:
-        most = min(sample, 10**7)
-        sample = 0
-        for batch in batches:
-            ahead.append(batch)
-            sample = min(sample + len(batch[1]), most)
-            if sample == most:
-                break
-    meta["val_tokens"] = max(1, sample // 10)
+    for batch in batches:
+        ahead.append(batch)
+        sample += len(batch[1])
+        if sample >= most:
+            break
+    meta["val_tokens"] = max(1, min(sample, most) // 10)
     return itertools.chain(ahead, batches)
 
 
@@ -620,7 +576,11 @@ def prepare(settings: dict, files: list, out: Path, workers: int) -> dict:
     """Prepare `out` according to `settings`, or continue an earlier run; return the content of its meta.json."""
     get_tokenizer(settings["tokenizer"])  # fail now if it cannot be fetched
     meta = open_meta(settings, files, out)
-    if check_prepared(out, meta):
+    written = set(read_checksums(out))
+    for split in ("val", "train"):
+        written |= {f"{split}_{i:06d}.bin" for i in range(meta[split]["shards"])}
+    check_checksums(out, sorted(written))
+    if "meta.json" in written:
         say(f"{out} is already prepared")
         return meta
     files = files or meta["files"]
@@ -634,6 +594,12 @@ def prepare(settings: dict, files: list, out: Path, workers: int) -> dict:
     split, room = next_shard(meta)
     pieces = []  # of the next shard
     for place, tokens in batches:
+        # Checked after a batch is read, so that no shard is of another text than the sha256.
+        file = files[place[0]]
+        if file.changed and os.stat(file.name).st_ctime_ns != file.changed:
+            raise ValueError(
+                f"{file.name} has changed since its preparation began; restore it, or choose another --out"
+            )
         used = skip if place == start else 0  # tokens of this batch that are in shards
         if used > len(tokens):
             raise ValueError(f"{out / 'meta.json'} has an impossible position; choose another --out")
@@ -643,7 +609,6 @@ def prepare(settings: dict, files: list, out: Path, workers: int) -> dict:
             used += len(piece)
             room -= len(piece)
             if room == 0:
-                check_unchanged(files)
                 add_shard(out, meta, pieces, split, [*place, used])
                 split, room = next_shard(meta)
                 pieces = []
@@ -652,7 +617,6 @@ def prepare(settings: dict, files: list, out: Path, workers: int) -> dict:
         status(f"file {place[0] + 1} of {len(files)}: {room:,} tokens to the next shard")
         if room == 0:
             break
-    check_unchanged(files)
     if pieces:
         add_shard(out, meta, pieces, split, [len(files), 0, 0])
     if meta["val"]["shards"] == 0:
@@ -670,35 +634,36 @@ CHECKPOINT_FILES = (*MODEL_FILES, "trainer.pt", *TOKENIZER_FILES)
 
 
 def checkpoints(run: Path) -> list[Path]:
-    """The checkpoints of a run, `step_NNNNNN`, oldest first, whole or damaged."""
-    found = filter(is_checkpoint, run.glob("step_*/"))
+    """The checkpoints of a run, `step_NNNNNN`, oldest first, whole or damaged, but no renamed copy of one."""
+    import torch  # slow to import, and not needed to prepare data
+
+    found = []
+    for directory in run.glob("step_*/"):
+        if not re.fullmatch("step_([0-9]{6}|[1-9][0-9]{6,})", directory.name):
+            continue
+        path = directory / "trainer.pt"
+        step = None
+        if path.is_file():
+            with suppress(Exception):  # it is damaged
+                step = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["step"]
+        listed = path.name in read_checksums(directory)
+        if step == int(directory.name[5:]) or (step is None and listed):
+            found.append(directory)
     return sorted(found, key=lambda path: int(path.name[5:]))
 
 
-def is_checkpoint(directory: Path) -> bool:
-    """Whether a directory is a checkpoint, whole or damaged, and no renamed copy or the user's own."""
-    import torch  # slow to import, and not needed to prepare data
-
-    if not re.fullmatch("step_([0-9]{6}|[1-9][0-9]{6,})", directory.name):
-        return False
-    path = directory / "trainer.pt"
-    trainer = None
-    if path.is_file():
-        with suppress(Exception):
-            trainer = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    if isinstance(trainer, dict):
-        return trainer.get("step") == int(directory.name[5:])
-    return path.name in read_checksums(directory)  # it is damaged
-
-
 def newest_checkpoint(run: Path) -> Path | None:
-    """A run's newest intact checkpoint, or None; a warning says what is wrong with each one skipped."""
-    for checkpoint in reversed(checkpoints(run)):
+    """A run's newest intact checkpoint, or None if it has no checkpoint; a warning says what is wrong with each one
+    skipped. Raises FileNotFoundError if all are damaged."""
+    found = checkpoints(run)
+    for checkpoint in reversed(found):
         try:
             check_checksums(checkpoint, CHECKPOINT_FILES)
             return checkpoint
         except (ValueError, OSError) as error:
             say(f"warning: {error}; skipping {checkpoint.name}", sys.stderr)
+    if found:
+        raise FileNotFoundError(f"{run} has no intact checkpoint; restore one, or use another --out")
     return None
 
 
@@ -714,11 +679,7 @@ def model_directory(name_or_dir: str | Path) -> Path:
         return directory
     runs = [run for run in (directory, *directory.glob("*/")) if checkpoints(run)]
     if runs:
-        run = max(runs, key=lambda run: run.stat().st_mtime)
-        checkpoint = newest_checkpoint(run)
-        if not checkpoint:
-            raise FileNotFoundError(f"{run} has no intact checkpoint; restore one")
-        return checkpoint
+        return newest_checkpoint(max(runs, key=lambda run: run.stat().st_mtime))
     if name_or_dir in OPENAI_MODELS:
         return fetch_model(name_or_dir)
     choices = f"a checkpoint, a run, or one of {', '.join(OPENAI_MODELS)}"
@@ -856,16 +817,14 @@ def begin(function: Callable, *args: Any) -> Future:
     return future
 
 
-def in_background(function: Callable, items: Iterable, threads: int, ahead: int) -> Iterator:
-    """function(item) for each item, in order, computed by `threads` threads up to `ahead` items in advance."""
-    pool = ThreadPoolExecutor(threads)
-    pending = []
-    for item in items:
-        pending.append(pool.submit(function, item))
-        if len(pending) > ahead:
-            yield pending.pop(0).result()
-    for future in pending:
-        yield future.result()
+def in_background(function: Callable, items: Iterable, ahead: int, submit: Callable = begin) -> Iterator:
+    """function(item) for each item, in order, `ahead` of them at a time, by default each in a thread of its own."""
+    items = iter(items)
+    pending = [submit(function, item) for item in itertools.islice(items, ahead)]
+    while pending:
+        result = pending.pop(0).result()
+        pending += [submit(function, item) for item in itertools.islice(items, 1)]
+        yield result
 
 
 # Shared by the scripts: locks, atomic writes and checksums
@@ -959,14 +918,12 @@ def add_checksums(directory: Path, names: Iterable) -> None:
 
 
 def check_checksums(directory: Path, names: Iterable) -> None:
-    """Raise FileNotFoundError for a file that is missing, ValueError for one that is not as `SHA256SUMS` says."""
+    """Raise ValueError for a file that is missing, or not as `SHA256SUMS` says."""
     checksums = read_checksums(directory)
     for name in names:
         path = directory / name
-        if not path.is_file():
-            raise FileNotFoundError(f"{path} is missing")
-        if sha256_of(path) != checksums.get(name):
-            raise ValueError(f"{path} is damaged: SHA256SUMS does not have its sha256")
+        if not path.is_file() or sha256_of(path) != checksums.get(name):
+            raise ValueError(f"{path} is damaged, missing, or not in SHA256SUMS; restore it, or delete {directory}")
 
 
 # The command line
@@ -1001,7 +958,12 @@ def prepare_source(source: str, args: Options) -> None:
             say(f"{source}: {path}")
             return
         if source == "demo":
-            files = [write_demo(Path(scratch) / "topics.txt")]
+            from pydoc_data.topics import topics  # of Python's own manual
+
+            path = Path(scratch) / "topics.txt"
+            manual = END_OF_TEXT.join(topics[name] for name in sorted(topics))
+            path.write_text(manual, encoding="utf-8")
+            files = [local_file(path)]
         settings = {  # together, these determine every byte of the result
             "source": source or [[Path(file.name).name, file.size, file.sha256] for file in files],
             "subset": args.subset if source in HUB_DATASETS else None,
@@ -1011,19 +973,21 @@ def prepare_source(source: str, args: Options) -> None:
         }
         if args.val_tokens:
             settings["val_tokens"] = args.val_tokens
+        elif source in HUB_DATASETS:
+            settings["val_tokens"] = max(1, min(args.max_tokens or sys.maxsize, 10**9) // 10)
         # Each has a tokenizer of its own, of 10 MB.
         workers = min(args.workers or 1024, os.cpu_count())
         meta = prepare(settings, files, out, workers)
     train_tokens = meta["train"]["tokens"]
     say(f"{out}: {train_tokens:,} tokens for training, {meta['val']['tokens']:,} for validation")
-    use = "train with: python train.py --preset gpt2"
+    command = "--preset gpt2"
     if train_tokens == 0:
-        use = "evaluate with: python train.py --eval-only --init-from MODEL"
+        command = "--eval-only --init-from MODEL"
     elif source == "demo":
-        use = "train with: python train.py --preset demo"
+        command = "--preset demo"
     elif train_tokens < 10**7:
-        use = "train with: python train.py --preset book"
-    say(f"{use} --data={shlex.quote(str(out))}")
+        command = "--preset book"
+    say(f"now run: python train.py {command} --data={shlex.quote(str(out))}")
 
 
 def main(argv: list | None = None) -> None:

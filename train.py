@@ -400,14 +400,10 @@ def find_checkpoint(config: TrainConfig) -> Path | None:
     """The checkpoint to resume from; None for a new run. Raises FileExistsError if there is a run but no --resume,
     FileNotFoundError if all its checkpoints are damaged."""
     out = Path(config.out)
-    found = prep.checkpoints(out)
-    begun = found or len(read_log(out)) > 1  # the first entry holds the settings
+    begun = prep.checkpoints(out) or len(read_log(out)) > 1  # the first entry holds the settings
     if begun and not config.resume:
         raise FileExistsError(f"{out} already contains a run; add --resume, or choose another --out")
-    newest = prep.newest_checkpoint(out)
-    if found and not newest:
-        raise FileNotFoundError(f"{out} has no intact checkpoint; restore one, or use another --out")
-    return newest
+    return prep.newest_checkpoint(out)
 
 
 def resumed_config(saved: TrainConfig, given: dict, checkpoint: Path) -> TrainConfig:
@@ -885,7 +881,7 @@ def train(config: TrainConfig, given: dict) -> int:
 
     # The loop
     remaining = range(step + 1, config.steps + 1)
-    batches = prep.in_background(load, remaining, threads=1, ahead=1)
+    batches = prep.in_background(load, remaining, ahead=1)
     catch_signals(stops)
     saved = step
     stop = due(step, config.eval_every, config.steps) and log_evaluation(step)
