@@ -378,19 +378,21 @@ class Split(NamedTuple):
         return int(self.first[-1])
 
 
-def read_meta(directory: Path) -> dict:
-    """A data directory's meta.json, with at least "tokenizer" and "vocab_size". Shards without one are taken to be
-    another program's, in GPT-2's tokens. Raises ValueError for incomplete or damaged data."""
+def read_tokenizer_name(directory: Path) -> str:
+    """The name of the tokenizer of a data directory, from meta.json. Shards without one are taken to be another
+    program's, in GPT-2's tokens. Raises ValueError for incomplete or damaged data."""
     path = directory / "meta.json"
     # SHA256SUMS lists meta.json once the directory is complete.
     if path.name not in read_checksums(directory):
         if path.exists():
             raise ValueError(f"{directory} is incomplete; run its prepare_data.py command again")
-        return {"tokenizer": "gpt2", "vocab_size": VOCAB_SIZES["gpt2"]}
+        return "gpt2"
     check_checksums(directory, [path.name])
     with reading(path):
-        meta = json.loads(path.read_bytes())
-        return meta | {"vocab_size": VOCAB_SIZES[meta["tokenizer"]]}
+        name = json.loads(path.read_bytes())["tokenizer"]
+        if name not in VOCAB_SIZES:
+            raise ValueError(f"its tokenizer, {name}, is unknown")
+        return name
 
 
 def is_of_split(file: str, split: str) -> bool:
@@ -402,7 +404,7 @@ def is_of_split(file: str, split: str) -> bool:
 def open_split(directory: Path, name: str, sequence_length: int) -> Split:
     """Read the headers of the shards of a split, "train" or "val". Raises ValueError for shards that are missing,
     damaged, unlisted or too short, FileNotFoundError for none."""
-    vocab_size = read_meta(directory)["vocab_size"]
+    vocab_size = VOCAB_SIZES[read_tokenizer_name(directory)]
     paths = [path for path in sorted(directory.glob("*.bin")) if is_of_split(path.name, name)]
     found = {path.name for path in paths}
     listed = read_checksums(directory)
@@ -536,7 +538,8 @@ def open_meta(settings: dict, files: list, out: Path) -> dict:
                 meta[split] = {name: int(meta[split][name]) for name in COUNTS}
             meta["files"] = [RawFile(*file) for file in meta["files"]]
             meta["position"] = [int(meta["position"][i]) for i in range(3)]
-            if min(meta["position"]) < 0 or meta["position"] > [len(meta["files"]), 0, 0]:
+            end = [len(files or meta["files"]), 0, 0]
+            if min(meta["position"]) < 0 or meta["position"] > end:
                 raise ValueError("its position is out of range")
         changed = [name for name, value in settings.items() if meta.get(name) != value]
         if not changed:
@@ -548,12 +551,13 @@ def open_meta(settings: dict, files: list, out: Path) -> dict:
             )
     elif any(out.glob("*.bin")):
         raise FileExistsError(f"{out} has shards that this script did not write; choose another --out")
-    meta = settings | {split: dict.fromkeys(COUNTS, 0) for split in ("train", "val")}
-    meta["vocab_size"] = VOCAB_SIZES[meta["tokenizer"]]
-    meta["position"] = START
-    # Kept, since the hub's listing may change, but without what depends on the machine.
-    files = files or list_corpus(settings)
-    meta["files"] = [file._replace(name=Path(file.name).name, changed=0) for file in files]
+    meta = settings | {
+        "vocab_size": VOCAB_SIZES[settings["tokenizer"]],
+        "train": dict.fromkeys(COUNTS, 0),
+        "val": dict.fromkeys(COUNTS, 0),
+        "position": START,
+        "files": [] if files else list_corpus(settings),  # kept, since the hub's list may change
+    }
     write_meta(out, meta)
     return meta
 

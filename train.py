@@ -735,7 +735,7 @@ def evaluate_only(config: TrainConfig, given: dict) -> int:
     status(f"reading {source}")
     data = Path(config.data)
     split = prep.open_split(data, "val", config.sequence_length)
-    tokenizer = prep.get_tokenizer(prep.read_meta(data)["tokenizer"])
+    tokenizer = prep.get_tokenizer(prep.read_tokenizer_name(data))
     model = build_model(config, source, tokenizer)
     process = start_process(config)
     model.to(process.device)
@@ -771,7 +771,7 @@ def train(config: TrainConfig, given: dict) -> int:
     batch_tokens = config.total_batch_tokens
     status(f"reading {source or data}")
     split = prep.open_split(data, "train", T)
-    tokenizer = prep.get_tokenizer(prep.read_meta(data)["tokenizer"])
+    tokenizer = prep.get_tokenizer(prep.read_tokenizer_name(data))
     if batch_tokens > T * split.sequences:
         usable = f"{data} has only {T * split.sequences:,} usable tokens"
         raise ValueError(f"{usable}; use --preset book, or a smaller --total-batch-tokens")
