@@ -219,7 +219,7 @@ def get(url: str, first: int = 0) -> requests.Response:
     also for an HF_ENDPOINT that is not an address or contains a password, which it does not quote."""
     hub = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
     if not re.fullmatch(r"https?://[^/@\s]+(/[^@\s]*)?", hub):
-        raise requests.HTTPError("HF_ENDPOINT must be like https://huggingface.co, without a password")
+        raise requests.HTTPError("HF_ENDPOINT must be an address, without a password")
     if url.startswith("/"):
         url = hub + url
     headers = {"Accept-Encoding": "identity"}
@@ -317,7 +317,7 @@ def download(file: RawFile, path: Path) -> Path:
                 time.sleep(min(60.0, 2.0**failures - 1))
     if part.stat().st_size != file.size or file.sha256 not in ("", sha256_of(part)):
         part.unlink()
-        raise OSError(f"{file.name}: the download has the wrong size or sha256; run the command again")
+        raise OSError(f"{file.name} arrived with the wrong size or sha256; run the command again")
     part.replace(path)
     return path
 
@@ -336,7 +336,7 @@ def tokenize_in_order(files: list, paths: list, start: list, tokenizer_name: str
                 if [index, i] >= start:
                     yield [index, i], texts
             if [index, i] < start:
-                raise ValueError(f"{path} ends before the position in meta.json; choose another --out")
+                raise ValueError(f"{path} ends before the position in meta.json; use another --out")
 
     def tokenize_batch(batch: tuple) -> tuple:
         place, texts = batch
@@ -471,9 +471,18 @@ def local_file(path: Path) -> RawFile:
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist, or is not a file")
     if path.suffix.lower() not in READERS:
-        raise ValueError(f"{path} is not a file of a known format (.txt, .jsonl, .jsonl.gz, .parquet)")
+        raise ValueError(f"{path} is in no known format (.txt, .jsonl, .jsonl.gz, .parquet)")
     stat = path.stat()
     return RawFile(str(path), stat.st_size, sha256_of(path), changed=stat.st_ctime_ns)
+
+
+def write_demo(path: Path) -> RawFile:
+    """The topics of Python's own manual, which ships with CPython, as a local file."""
+    from pydoc_data.topics import topics
+
+    manual = END_OF_TEXT.join(topics[name] for name in sorted(topics))
+    path.write_text(manual, encoding="utf-8")
+    return local_file(path)
 
 
 def list_corpus(settings: dict) -> list:
@@ -547,10 +556,10 @@ def open_meta(settings: dict, files: list, out: Path) -> dict:
         if meta["position"] != START:
             raise ValueError(
                 f"{out} was prepared differently: {changed[0]} was {meta.get(changed[0])}, "
-                f"now {settings[changed[0]]}; choose another --out"
+                f"now {settings[changed[0]]}; use another --out"
             )
     elif any(out.glob("*.bin")):
-        raise FileExistsError(f"{out} has shards that this script did not write; choose another --out")
+        raise FileExistsError(f"{out} has shards that this script did not write; use another --out")
     meta = settings | {
         "vocab_size": VOCAB_SIZES[settings["tokenizer"]],
         "train": dict.fromkeys(COUNTS, 0),
@@ -589,8 +598,7 @@ def prepare(settings: dict, files: list, out: Path, workers: int) -> dict:
         return meta
     files = files or meta["files"]
     work = out / ".prepare_data"
-    # Numbered, since base names may repeat.
-    paths = [work / f"{i:06d}-{Path(file.name).name}" for i, file in enumerate(files)]
+    paths = [work / Path(file.name).name for file in files]
     *start, skip = meta["position"]
     batches = tokenize_in_order(files, paths, start, settings["tokenizer"], workers)
     if "val_tokens" not in meta:
@@ -601,12 +609,10 @@ def prepare(settings: dict, files: list, out: Path, workers: int) -> dict:
         # Checked after a batch is read, so that no shard is of another text than the sha256.
         file = files[place[0]]
         if file.changed and os.stat(file.name).st_ctime_ns != file.changed:
-            raise ValueError(
-                f"{file.name} has changed since its preparation began; restore it, or choose another --out"
-            )
+            raise ValueError(f"{file.name} has changed since the start; restore it, or use another --out")
         used = skip if place == start else 0  # tokens of this batch that are in shards
         if used > len(tokens):
-            raise ValueError(f"{out / 'meta.json'} has an impossible position; choose another --out")
+            raise ValueError(f"{out / 'meta.json'} has an impossible position; use another --out")
         while used < len(tokens) and room:
             piece = tokens[used : used + room]
             pieces.append(piece)
@@ -843,7 +849,7 @@ def locked(directory: Path, wait: bool = False) -> Iterator:
         try:
             fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            advice = "wait, or choose another --out"
+            advice = "wait, or use another --out"
             raise BlockingIOError(f"{directory} is in use by another process; {advice}") from error
         except OSError as error:  # a network file system without locks
             say(f"warning: {directory} cannot be locked ({error}); let only one run write to it", sys.stderr)
@@ -962,12 +968,7 @@ def prepare_source(source: str, args: Options) -> None:
             say(f"{source}: {path}")
             return
         if source == "demo":
-            from pydoc_data.topics import topics  # of Python's own manual
-
-            path = Path(scratch) / "topics.txt"
-            manual = END_OF_TEXT.join(topics[name] for name in sorted(topics))
-            path.write_text(manual, encoding="utf-8")
-            files = [local_file(path)]
+            files = [write_demo(Path(scratch) / "topics.txt")]
         settings = {  # together, these determine every byte of the result
             "source": source or [[Path(file.name).name, file.size, file.sha256] for file in files],
             "subset": args.subset if source in HUB_DATASETS else None,

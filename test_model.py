@@ -827,7 +827,7 @@ BAD_TEXTS = {
     "bytes.txt": (b"good \xff", "cannot be read.*position 5"),
     "empty.txt": (b"", "has no text"),
     "blank.jsonl": (b"\n", "has no text"),
-    "text.doc": (b"?", "is not a file of a known format"),
+    "text.doc": (b"?", "is in no known format"),
 }
 
 
@@ -891,7 +891,7 @@ def test_what_has_changed_is_not_continued(monkeypatch: Patch) -> None:
 
     with monkeypatch.context() as patched:
         patched.setattr(prep, "add_shard", add_and_change)
-        refused(prep, f"{options} --out=out", "a.jsonl has changed since its preparation began; restore it")
+        refused(prep, f"{options} --out=out", "a.jsonl has changed since the start; restore it")
     assert len([*Path("out").glob("*.bin")]) == 1  # none was written after the change
     refused(prep, f"{options} --out=out", "out was prepared differently: source was")
     edit(source, "THE", "the")  # restored, and no shard is of the changed text
