@@ -232,8 +232,7 @@ def plain_gpt2(directory: str, tokens: Tensor) -> Tensor:
         return x @ weight(f"{name}.weight") + weight(f"{name}.bias")
 
     def layer_norm(x: Tensor, name: str) -> Tensor:
-        normal = (x - x.mean(-1, True)) / (x.var(-1, correction=0, keepdim=True) + 1e-5).sqrt()
-        return normal * weight(f"{name}.weight") + weight(f"{name}.bias")
+        return F.layer_norm(x, x.shape[-1:], weight(f"{name}.weight"), weight(f"{name}.bias"), 1e-5)
 
     x = weight("wte.weight")[tokens] + weight("wpe.weight")[:T]
     for layer in range(config["n_layer"]):
@@ -268,12 +267,10 @@ def test_parameters_are_as_many_as_in_the_release() -> None:
 
 def test_flops_per_token_are_what_pytorch_counts() -> None:
     config = replace(TINY, vocab_size=128)  # no padding, which would be counted too
-    tokens = torch.randint(128, (1, 16))
-    plain = torch.autocast("cpu", dtype=torch.bfloat16)  # it cannot count the loss by rows
     math_attention = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)
-    with FlopCounterMode(display=False) as counter, math_attention, plain:
-        GPT(config)(tokens, tokens).backward()
-    assert counter.get_total_flops() == pytest.approx(16 * gpt.flops_per_token(config), rel=1e-6)
+    with FlopCounterMode(display=False) as counter, math_attention:
+        GPT(config)(torch.randint(128, (1, 16)))
+    assert 3 * counter.get_total_flops() == 16 * gpt.flops_per_token(config)  # a third is forward
 
 
 @cases("half, compiled", [(False, False), (True, False), (True, True)])
@@ -347,14 +344,11 @@ def test_precision_is_chosen_by_device_and_use() -> None:
     cpu = torch.device("cpu")
     features = torch.cpu.get_capabilities()
     native = features.get("avx512_bf16") or features.get("amx_bf16")
-    in_training = torch.bfloat16 if native else torch.float32
+    in_training = gpt.choose_dtype("auto", cpu, training=True)
+    assert in_training == (torch.bfloat16 if native else torch.float32)
     assert gpt.choose_dtype("auto", cpu) == torch.float32
-    assert gpt.choose_dtype("auto", cpu, training=True) == in_training
     assert gpt.choose_dtype("bfloat16", cpu) == torch.bfloat16
     fails(ValueError, "float16 needs a CUDA device", gpt.choose_dtype, "float16", cpu)
-    if not torch.cuda.is_available():
-        assert gpt.choose_device("auto").type in ("cpu", "mps")
-        fails(ValueError, "cuda is not available", gpt.choose_device, "cuda")
 
 
 def test_saved_model_is_in_the_hubs_layout_and_loads_bit_for_bit() -> None:
@@ -399,76 +393,56 @@ def test_damaged_and_foreign_models_are_refused() -> None:
         fails(ValueError, r"model\.safetensors is damaged", load_model, "tiny")
     weights.unlink()
     refused("sample.py --model=tiny", "tiny is not a model")
-    refused("sample.py --model=nothing", "nothing is not a model")
-    refused("sample.py", "out is not a model")
 
 
 # Generation
 
 
-def greedy_without_cache(model: GPT, tokens: torch.Tensor) -> torch.Tensor:
-    """The definition: read the whole context for each token, and continue from its last half when it is full."""
-    most = model.config.block_size
-    new = []
-    for _ in range(60):
-        new.append(model(tokens)[:, -1:].argmax(-1))
-        if tokens.size(1) == most:
-            tokens = tokens[:, most - most // 2 :]
-        tokens = torch.cat([tokens, new[-1]], dim=1)
-    return torch.cat(new, dim=1)
-
-
-def greedy(model: GPT, tokens: torch.Tensor, **options: Any) -> torch.Tensor:
-    """60 tokens, far past the context: (B, 60)."""
-    return torch.stack([*generate(model, tokens, 60, temperature=0, **options)], dim=1)
-
-
 @on_each_device
 @cases("block_size", [1, 15, 16])
 def test_law_4_cache_changes_no_token(block_size: int, device: str) -> None:
+    """Without it, the whole context is read for each token; one that is full continues from its last half."""
     model = random_model(replace(TINY, block_size=block_size)).to(device)
     for batch, prompt in ((1, 1), (1, block_size), (3, min(5, block_size))):
         tokens = torch.randint(61, (batch, prompt), device=device)
-        cached = greedy(model, tokens)
-        assert torch.equal(cached, greedy_without_cache(model, tokens))
-        assert block_size == 1 or len(cached.unique()) > 5
+        for token in generate(model, tokens, 60, temperature=0):
+            assert torch.equal(token, model(tokens)[:, -1].argmax(dim=1))
+            if tokens.size(1) == block_size:
+                tokens = tokens[:, block_size - block_size // 2 :]
+            tokens = torch.cat([tokens, token[:, None]], dim=1)
+        assert block_size == 1 or len(tokens.unique()) > 3
 
 
 @cases("limits", [(1, None, None), (0.7, 5, None), (1.3, None, 0.6), (0.9, 8, 0.5), (1, 99, 1.0)])
-def test_probabilities_are_those_of_the_definition(limits: tuple) -> None:
+def test_draws_follow_the_probabilities_of_the_definition(limits: tuple) -> None:
     temperature, top_k, top_p = limits
-    torch.manual_seed(0)
-    logits = 2 * torch.randn(20, 30)
-    probs, tokens = gpt.probabilities(logits, *limits)
-    found = torch.zeros(20, 30).scatter(1, tokens, probs)
-    for row, values in zip(found, (logits / temperature).softmax(-1), strict=True):
-        kept = values.argsort(descending=True)[:top_k]
-        enough = (top_p or 1) * values[kept].sum() - 1e-6
-        while values[kept[:-1]].sum() > enough:
-            kept = kept[:-1]  # until the fewest that reach top_p are left
-        wanted = torch.zeros(30).scatter(0, kept, values[kept] / values[kept].sum())
-        torch.testing.assert_close(row, wanted)
-
-
-def test_draws_follow_the_probabilities() -> None:
-    logits = torch.tensor([1.0, 0.0, -1.0, 2.0])
     generator = torch.Generator().manual_seed(0)
-    draws = gpt.sample_token(logits.expand(200_000, 4), 1.0, None, None, generator)
-    frequency = draws.bincount() / 200_000
-    assert torch.allclose(frequency, logits.softmax(-1), atol=0.005)  # four standard errors
+    logits = 2 * torch.randn(30, generator=generator)
+    draws = gpt.sample_token(logits.expand(200_000, 30), *limits, generator)
+    probs = (logits / temperature).softmax(-1)
+    kept = probs.argsort(descending=True)[:top_k]
+    enough = (top_p or 1) * probs[kept].sum() - 1e-6
+    while probs[kept[:-1]].sum() > enough:
+        kept = kept[:-1]  # until the fewest that reach top_p are left
+    wanted = torch.zeros(30).scatter(0, kept, probs[kept] / probs[kept].sum())
+    found = draws.bincount(minlength=30) / 200_000
+    assert torch.allclose(found, wanted, rtol=0, atol=0.005)  # four standard errors
+    assert not found[wanted == 0].any()
 
 
 def test_generation_stops_when_every_row_has_drawn_the_stop_token() -> None:
     model = random_model()
     tokens = torch.randint(61, (2, 4))
-    free = greedy(model, tokens)
+
+    def greedy(stop_token: int | None = None) -> Tensor:
+        return torch.stack([*generate(model, tokens, 60, 0, stop_token=stop_token)], dim=1)
+
+    free = greedy()
     stop = next(int(token) for token in free[0] if token in free[1])
     ended = (free == stop).cumsum(dim=1) > 0
     expected = free.where(~ended, stop)  # a row that has ended repeats it
     steps = 1 + int(ended.all(dim=0).int().argmax())
-    assert torch.equal(greedy(model, tokens, stop_token=stop), expected[:, :steps])
-    for length in (0, 17):
-        fails(ValueError, "must", greedy, model, torch.zeros(1, length, dtype=torch.int64))
+    assert torch.equal(greedy(stop), expected[:, :steps])
 
 
 # A server on localhost that behaves as it is told
@@ -486,8 +460,6 @@ class Answer(http.server.BaseHTTPRequestHandler):
         code = 206 if first else 200
         if name == "Location":
             code = 302
-        elif self.path not in hub.content:
-            code = 404
         elif fault.isdecimal():
             code = int(fault)
         body = hub.content[self.path][first:] if code < 300 else b""
@@ -519,12 +491,12 @@ def hub(monkeypatch: Patch) -> Iterator[Any]:
 
 
 def serve(hub: Any, page: str, base: str, files: dict[str, bytes]) -> None:
-    """Put files on a hub under `base`, and their list at `page`; large ones have a checksum in it."""
+    """Put files on a hub under `base`, and their list at `page`."""
     entries = [{"path": "README.md", "size": 1}]
     for name, data in files.items():
-        lfs = {"oid": hashlib.sha256(data).hexdigest()} if len(data) > 10_000 else None
-        entries.append({"path": name, "size": len(data), "lfs": lfs})
         hub.content[f"{base}/{name}"] = data
+        checksum = hashlib.sha256(data).hexdigest()
+        entries.append({"path": name, "size": len(data), "lfs": {"oid": checksum}})
     hub.content[page] = json.dumps(entries).encode()
 
 
@@ -570,18 +542,6 @@ def test_a_download_without_progress_gives_up(hub: Any, monkeypatch: Patch, faul
     assert not any("Authorization" in headers for _, headers in hub.requests)
 
 
-def test_a_listing_has_a_deadline(hub: Any, monkeypatch: Patch) -> None:
-    """Endless pages, each of which arrives in time."""
-    page = "/api/models/b/tree/main"
-    hub.content[page] = b"[]"
-    hub.headers[page] = ("Link", f'<{hub.url}{page}>; rel="next"')  # its next page is itself
-    hub.faults[:] = [""] * 20 + ["404"]  # or it would never end
-    clock = itertools.count(step=10)
-    monkeypatch.setattr(time, "monotonic", lambda: next(clock))
-    fails(OSError, "list of models/b could not be fetched: TimeoutError", prep.list_hub, "models/b")
-    assert len(hub.requests) < 10
-
-
 @cases("target", ["/a", "file:///etc/hosts", "http://"])
 def test_redirects_that_lead_nowhere_end_at_once(hub: Any, target: str) -> None:
     hub.headers["/a"] = ("Location", target)
@@ -591,10 +551,9 @@ def test_redirects_that_lead_nowhere_end_at_once(hub: Any, target: str) -> None:
 
 
 def test_an_invalid_address_or_token_is_refused_and_not_shown(hub: Any, monkeypatch: Patch) -> None:
-    for token in ("\ufeffSECRET", "SEC\nRET"):  # as editors save a file
-        monkeypatch.setenv("HF_TOKEN", token)
-        assert "RET" not in fails(OSError, "HF_TOKEN", prep.list_hub, "models/b")
-    for address in ("http://user:SECRET@host", "host:SECRET@", "huggingface.co", "http://"):
+    monkeypatch.setenv("HF_TOKEN", "\ufeffSECRET")  # as an editor saves a file
+    assert "RET" not in fails(OSError, "HF_TOKEN", prep.list_hub, "models/b")
+    for address in ("http://user:SECRET@host", "huggingface.co", "http://"):
         monkeypatch.setenv("HF_ENDPOINT", address)
         assert "RET" not in fails(OSError, "HF_ENDPOINT must be", prep.list_hub, "models/b")
     assert not hub.requests
@@ -768,15 +727,14 @@ def test_memory_does_not_grow_with_the_corpus() -> None:
     Path("train_000000.bin").write_bytes(shard(np.zeros(3 * 10**7)))
     split = prep.open_split(Path(), "train", 1024)
     before = memory_in_use(1)
-    for first in range(0, split.sequences - 500, 500):
-        prep.read_sequences(split, np.arange(first, first + 500))
+    for index in range(split.sequences):
+        prep.read_sequences(split, np.array([index]))
     assert memory_in_use(1) - before < 20e6  # of 60 MB
 
 
 def test_what_is_finished_or_not_ours_is_left_alone() -> None:
     command = f"{PREPARE} --workers=8 --max-tokens=50k"
     call(command)
-    assert len(read_shards("out", "val")) == 5_000 and len(read_shards("out", "train")) == 45_000
     before = contents("out")
     call(command)
     refused(f"{command} --max-tokens=60k", "max_tokens was 50000")
@@ -820,8 +778,8 @@ def test_bad_text_is_named(name: str, monkeypatch: Patch) -> None:
 
 def test_validation_takes_a_tenth_unless_it_is_told() -> None:
     write_jsonl("b.jsonl", [{"url": "x" * 1000, "text": "few"}] * 100)  # whose size says little
-    call(f"{PREPARE} --input=b.jsonl --out=tenth --shard-tokens=50")
-    assert len(read_shards("tenth", "val")) == 40 and len(read_shards("tenth", "train")) == 360
+    call(f"{PREPARE} --input=b.jsonl --out=tenth --shard-tokens=50 --max-tokens=300")
+    assert len(read_shards("tenth", "val")) == 30 and len(read_shards("tenth", "train")) == 270
     said, _ = call(f"{PREPARE} --val-tokens=1M")
     assert read_shards("out", "val") == byte_tokens(documents(120))
     os.rename("start", "MODEL")
@@ -850,7 +808,6 @@ def test_law_8_damaged_data_is_named_and_left_alone(finished: bool) -> None:
         shutil.rmtree("out")
     edit("shards/SHA256SUMS", "  ", " *")  # as sha256sum --binary writes it
     call(f"{CORPUS} --out=shards")
-    assert sums_checked("shards") == 5
     flip("shards/meta.json")
     refused(TRAIN, "meta.json")
 
@@ -894,10 +851,12 @@ def tasks() -> dict[str, list[dict]]:
     """Twelve tasks of each set, as HellaSwag and LAMBADA publish theirs, of random short words."""
     rng = np.random.default_rng(1)
     words = ["".join(rng.choice([*"aeioübd"], size=3)) for _ in range(50)]
-    texts = [" ".join(rng.choice(words, size=rng.integers(2, 8))) for _ in range(72)]
-    endings = [texts[i : i + 4] for i in range(12, 60, 4)]
-    hellaswag = [{"ctx": texts[i], "endings": endings[i], "label": i % 4} for i in range(12)]
-    return {"hellaswag": hellaswag, "lambada": [{"text": text} for text in texts[60:]]}
+    rows = {"hellaswag": [], "lambada": []}
+    for i in range(12):
+        context, *endings, text = (" ".join(rng.choice(words, size=rng.integers(2, 8))) for _ in range(6))
+        rows["hellaswag"].append({"ctx": context, "endings": endings, "label": i % 4})
+        rows["lambada"].append({"text": text})
+    return rows
 
 
 def test_evaluation_sets_are_fetched_with_the_default_corpus(hub: Any, monkeypatch: Patch) -> None:
@@ -914,11 +873,8 @@ def test_evaluation_sets_are_fetched_with_the_default_corpus(hub: Any, monkeypat
     hub.requests.clear()
     call("prepare_data.py --source=lambada")
     assert not hub.requests  # it is there
-    path = Path("data/hellaswag/hellaswag_val.jsonl")
-    few = ("hellaswag", path, prep.get_tokenizer("byte"), 7)
-    assert len(train.read_tasks(*few).rows) == 4 * 7
-    flip(path)
-    fails(ValueError, f"{path.name} is damaged", train.read_tasks, *few)
+    flip("data/hellaswag/hellaswag_val.jsonl")
+    refused(f"{TRAIN} --data=data/fineweb-edu", "hellaswag_val.jsonl is damaged")
 
 
 # Training
@@ -962,7 +918,6 @@ def assert_same_run(first: str, second: str, weights: float = 0.0, log: float = 
         assert line == pytest.approx(its, rel=log, abs=0)
     if not weights:
         states = [torch.load(f"{path}/trainer.pt")["optimizer"] for path in (one, other)]
-        assert len(states[0]["state"]) > 10
         torch.testing.assert_close(*states, rtol=0, atol=0)
 
 
@@ -1002,7 +957,6 @@ def start_ranks(ranks: int, command: str, stop: tuple | None = None) -> Callable
 def test_each_sequence_is_used_once_an_epoch_and_the_step_decides_which() -> None:
     config = replace(train.TrainConfig(), sequence_length=32, total_batch_tokens=32 * 100)
     split = prep.open_split(Path("shards"), "train", 32)
-    assert len(split.paths) == 3
     shards = [np.fromfile(path, dtype="<u2", offset=1024) for path in split.paths]
     sequences = np.concatenate([sliding_window_view(shard, 33)[::32] for shard in shards])
     total = len(sequences)
@@ -1035,34 +989,31 @@ def test_law_6_losses_and_updates_are_those_of_a_plain_loop() -> None:
     changes = "--dropout=0.2 --grad-clip=0.5 --steps=5 --weight-decay=0.3 --beta2=0.9"
     ranks = start_ranks(2, f"{TRAIN} --init-from=start {changes}")
     model = load_model("start", dropout=0.2).train()
-    matrices = [p for p in model.parameters() if p.dim() == 2]
-    vectors = [p for p in model.parameters() if p.dim() == 1]
-    groups = [{"params": matrices, "weight_decay": 0.3}, {"params": vectors, "weight_decay": 0.0}]
+    groups = [{"params": [p], "weight_decay": 0.3 * (p.dim() == 2)} for p in model.parameters()]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.9), eps=1e-8)
     config = replace(train.TrainConfig(), sequence_length=32, total_batch_tokens=512)
     split = prep.open_split(Path("shards"), "train", 32)
-    updates = []
-    for step, lr in enumerate([0.005, 0.01, 0.00775, 0.00325, 0.001], start=1):  # a line, a cosine
+    assert ranks() == [0, 0]
+    updates = [line for line in read_log("out") if "lr" in line]
+    rates = [0.005, 0.01, 0.00775, 0.00325, 0.001]  # a line, a cosine
+    for step, (update, lr) in enumerate(zip(updates, rates, strict=True), start=1):
         batch = prep.read_sequences(split, train.batch_indices(split, config, step))
         batch = torch.from_numpy(batch).view(2, 2, 4, 33)  # (passes, ranks, sequences, T + 1)
-        losses = []
+        loss = 0.0
         for rank in range(2):
             torch.manual_seed(int(np.random.SeedSequence([1337, step, rank]).generate_state(1)[0]))
             for sequences in batch[:, rank]:
                 logits = model(sequences[:, :-1]).flatten(0, 1)
-                losses.append(F.cross_entropy(logits, sequences[:, 1:].flatten()) / 4)
+                loss += F.cross_entropy(logits, sequences[:, 1:].flatten()) / 4
         optimizer.zero_grad()
-        loss = sum(losses)
         loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5).item()
         assert norm > 0.6  # each is clipped
         for group in optimizer.param_groups:
             group["lr"] = lr
         optimizer.step()
-        updates.append({"step": step, "train_loss": loss.item(), "lr": lr, "grad_norm": norm.item()})
-    assert ranks() == [0, 0]
-    found = [line for line in read_log("out") if "lr" in line]
-    assert found == [pytest.approx(line, rel=1e-4) for line in updates]
+        expected = {"step": step, "train_loss": loss.item(), "lr": lr, "grad_norm": norm}
+        assert update == pytest.approx(expected, rel=1e-4)
     save_model(model, "plain")
     assert_same_weights("plain", "out/step_000005", tolerance=1e-5)
 
@@ -1102,17 +1053,16 @@ dies = (os.environ["RANK"], os.environ["TORCHELASTIC_RESTART_COUNT"]) == ("1", "
     assert_same_run("out", "whole")
 
 
-def set_environment(monkeypatch: Patch, *settings: str) -> None:
-    for setting in settings:
+def set_environment(monkeypatch: Patch, settings: str) -> None:
+    for setting in settings.split():
         monkeypatch.setenv(*setting.split("=", 1))
 
 
 def test_restarted_workers_do_not_find_the_addresses_of_dead_ones(monkeypatch: Patch) -> None:
     """Each round has names of its own in torchrun's store, which outlives its workers."""
     store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    set_environment(monkeypatch, "RANK=0", "WORLD_SIZE=1", "LOCAL_WORLD_SIZE=1")
-    set_environment(monkeypatch, "MASTER_ADDR=127.0.0.1", f"MASTER_PORT={store.port}")
-    set_environment(monkeypatch, "TORCHELASTIC_USE_AGENT_STORE=True")
+    place = f"RANK=0 WORLD_SIZE=1 LOCAL_WORLD_SIZE=1 MASTER_ADDR=127.0.0.1 MASTER_PORT={store.port}"
+    set_environment(monkeypatch, f"{place} TORCHELASTIC_USE_AGENT_STORE=True")
     names = set()
     for count in ("0", "1"):
         set_environment(monkeypatch, f"TORCHELASTIC_RESTART_COUNT={count}")
@@ -1167,11 +1117,11 @@ def definition(model: str) -> dict[str, float]:
         return score(tokens, len(f" {text}".encode()))
 
     values = {"hellaswag_acc": [], "hellaswag_acc_norm": []}
-    for task in tasks()["hellaswag"]:
+    for task in tasks()["hellaswag"][:10]:
         nats = [ending(task["ctx"], text)[0] for text in task["endings"]]
         for name, how in (("hellaswag_acc", torch.sum), ("hellaswag_acc_norm", torch.mean)):
             values[name].append(np.argmin([*map(how, nats)]) == task["label"])
-    words = [ending(*task["text"].rsplit(" ", 1)) for task in tasks()["lambada"]]
+    words = [ending(*task["text"].rsplit(" ", 1)) for task in tasks()["lambada"][:10]]
     values["lambada_acc"] = [right for _, right in words]
     val = torch.tensor(read_shards("shards", "val")[: 62 * 32 + 1])  # 2000 tokens, in whole sequences
     values["val_loss"] = [score(row, 32)[0].mean() for row in val.unfold(0, 33, 32)]
@@ -1188,7 +1138,7 @@ def definition(model: str) -> dict[str, float]:
 def test_evaluation_is_what_its_definition_says_on_any_ranks() -> None:
     expected = definition("start")
     assert 0 < expected["hellaswag_acc"] != expected["hellaswag_acc_norm"]
-    command = f"{TRAIN} --eval-only --init-from=start"
+    command = f"{TRAIN} --eval-only --init-from=start --eval-tasks=10"
     ranks = start_ranks(3, f"{command} --total-batch-tokens=384")
     said, _ = call(command)
     assert ranks() == [0, 0, 0]
@@ -1307,12 +1257,6 @@ def test_law_7_a_run_has_one_writer() -> None:
         assert contents("out")["metrics.jsonl"].startswith(before)
 
 
-def sums_checked(directory: Path | str) -> int:
-    """How many files sha256sum finds as SHA256SUMS says."""
-    done = subprocess.check_output(["sha256sum", "-c", "SHA256SUMS"], cwd=directory)
-    return done.count(b": OK\n")
-
-
 def test_law_8_a_damaged_checkpoint_is_skipped() -> None:
     call(TRAIN)
     log = read_log("out")
@@ -1332,7 +1276,8 @@ def test_law_8_a_damaged_checkpoint_is_skipped() -> None:
             file.write(b'{"step": 7, "train_l\xff')
         _, told = call(f"{TRAIN} --resume")
         assert "skipping step_000006" in told and read_log("out") == log
-        assert sums_checked(newest) == len(prep.CHECKPOINT_FILES) == len(os.listdir(newest)) - 1
+        sums = subprocess.check_output(["sha256sum", "-c", "SHA256SUMS"], cwd=newest)
+        assert sums.count(b": OK") == len(prep.CHECKPOINT_FILES) == len(os.listdir(newest)) - 1
         assert not os.path.exists("out/step_000006.tmp")
 
 
@@ -1356,8 +1301,6 @@ def test_a_run_is_continued_only_as_it_was() -> None:
     shutil.copytree("out", "whole")
     for change in (
         lambda state: state.update(optimizer={}),
-        lambda state: state.update(shards=None),
-        lambda state: state.update(seconds="x"),
         lambda state: state["config"].update(dtype="float99"),
     ):
         shutil.copytree("whole", "out", dirs_exist_ok=True)
@@ -1386,39 +1329,35 @@ def test_law_8_another_programs_data_is_recognized_by_name_and_size(monkeypatch:
     monkeypatch.setitem(tiktoken.registry.ENCODINGS, "gpt2", gpt2)
     prep.get_tokenizer.cache_clear()
     fill_tokenizer_cache(monkeypatch)
-    for name in ("meta.json", "SHA256SUMS"):
-        os.remove(f"shards/{name}")
+    os.mkdir("theirs")
+    os.rename("shards/train_000000.bin", "theirs/fineweb_train_000001.bin")  # modded-nanogpt's name
+    os.rename("shards/val_000000.bin", "theirs/tiny_shakespeare_val.bin")  # llm.c's
     save_random("start", 32, "gpt2", 50304)
-    command = f"{TRAIN} --steps=3 --init-from=start"
+    command = f"{TRAIN} --steps=3 --init-from=start --data=theirs"
     said, _ = call(command)
     assert "a vocabulary of 50304; the 50257 tokens of gpt2 are used" in said
     assert gpt.read_config("out/step_000003")[0].vocab_size == 50257
     saved = torch.load("out/step_000003/trainer.pt")["shards"]
-    assert saved["train_000000.bin"] == "20000 tokens"
-    sums = {name: prep.sha256_of(Path("shards", name)) for name in saved}  # as in an older version
+    assert saved == {"fineweb_train_000001.bin": "20000 tokens", "tiny_shakespeare_val.bin": "3000 tokens"}
+    sums = {name: prep.sha256_of(Path("theirs", name)) for name in saved}  # as in an older version
     change_trainer("out/step_000003", lambda state: state.update(shards=sums))
     call(f"{command} --resume")
-    Path("shards/train_000000.bin").write_bytes(shard())
-    refused(f"{command} --resume", "train_000000.bin is not what the run was trained on")
+    Path("theirs/fineweb_train_000001.bin").write_bytes(shard(range(1000)))
+    refused(f"{command} --resume", "train_000001.bin is not what the run was trained on")
     prep.get_tokenizer.cache_clear()
 
 
-def test_shards_of_other_programs_are_read_and_bad_ones_named() -> None:
-    path = Path("fineweb_train_000001.bin")  # modded-nanogpt's name
-    path.write_bytes(shard([*range(50), 50256]))
-    Path("tiny_shakespeare_val.bin").write_bytes(shard(range(50)))  # llm.c's
-    assert prep.read_meta(Path()) == {"tokenizer": "gpt2", "vocab_size": 50257}
-    assert prep.open_split(Path(), "val", 10).tokens == [50]
-    split = prep.open_split(Path(), "train", 10)
-    assert prep.read_sequences(split, np.array([4])).tolist() == [[*range(40, 50), 50256]]
-    small = split._replace(vocab_size=257)
-    fails(ValueError, f"{path} contains token 50256", prep.read_sequences, small, np.array([4]))
-    for bad in (shard(magic=20240521), shard(version=2), shard(missing=1), shard([]), b"", b"abc"):
+def test_bad_shards_are_named() -> None:
+    path = Path("shards/train_000001.bin")
+    headers = [{"magic": 20240521}, {"version": 2}, {"missing": 1}, {"tokens": []}]
+    for bad in (b"", b"abc", *(shard(**header) for header in headers)):
         path.write_bytes(bad)
-        fails(ValueError, path.name, prep.open_split, Path(), "train", 1)
+        refused(TRAIN, f"{path} is damaged")
+    path.write_bytes(shard([50256] * 20_000))
+    refused(TRAIN, f"{path} contains token 50256")
     path.unlink()
     os.mkfifo(path)  # whoever opens it waits for a writer
-    fails(ValueError, path.name, prep.open_split, Path(), "train", 1)
+    refused(TRAIN, f"{path} is missing")
 
 
 BAD_ARGUMENTS = {
@@ -1441,11 +1380,13 @@ IMPOSSIBLE = {
     f"{TRAIN} --init-from=other": "--tokenizer gpt2",
     f"{TRAIN} --init-from=small": "256 tokens; 257",
     f"{TRAIN} --init-from=nothing": "nothing is not a model",
+    "sample.py": "out is not a model",
     f"{TRAIN} --data=nothing": "nothing",
     f"{TRAIN} --data=start": "no train shards",
     f"{TRAIN} --data=part": "incomplete",
     f"{TRAIN} --total-batch-tokens=65536": "only 46,912 usable tokens",
     f"{TRAIN} --eval-only": "is not a model",
+    f"{TRAIN} --device=mps": "mps is not available",
     f"{TRAIN} --tensorboard": "pip install tensorboard",
     f"{PREPARE} --input=none.txt": "none.txt does not exist, or is not a file",
 }
@@ -1466,16 +1407,13 @@ def test_a_mistake_is_named_in_one_line(mistakes: dict, status: int, monkeypatch
 
 def test_mistakes_in_torchruns_variables_are_named(monkeypatch: Patch) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
-        place = ["RANK=0", "WORLD_SIZE=1", "MASTER_ADDR=127.0.0.1", f"MASTER_PORT={port}"]
+        place = f"RANK=0 WORLD_SIZE=1 MASTER_ADDR=127.0.0.1 MASTER_PORT={taken.getsockname()[1]}"
         for mistake in ("WORLD_SIZE=two", "WORLD_SIZE=0", "MASTER_PORT=x", "RANK=x", "RANK=1"):
-            set_environment(monkeypatch, *place, mistake)
+            set_environment(monkeypatch, f"{place} {mistake}")
             name, _ = mistake.split("=")
             refused(TRAIN, name, status=2 if name == "WORLD_SIZE" else 1)
-        set_environment(monkeypatch, *place)
+        set_environment(monkeypatch, place)
         assert "cannot join the other processes" in run(TRAIN, status=1)[1]
-        monkeypatch.delenv("MASTER_PORT")
-        refused(TRAIN, "MASTER_PORT")
 
 
 # The commands, as a user gives them
@@ -1486,7 +1424,7 @@ def test_what_is_missing_is_named_in_one_line(monkeypatch: Patch) -> None:
         scripts = ("prepare_data.py", "train.py", "sample.py")
         return {run(script, status=1)[1].removeprefix(script) for script in scripts}
 
-    set_environment(monkeypatch, "CXX=/nonexistent/g++", "TORCHINDUCTOR_CACHE_DIR=cache")
+    set_environment(monkeypatch, "CXX=/nonexistent/g++ TORCHINDUCTOR_CACHE_DIR=cache")
     _, error = run(f"{TRAIN} --compile", status=1)
     assert re.fullmatch(r"train.py: error: the model cannot be compiled here \(.*\); use --no-compile\n", error)
     set_environment(monkeypatch, f"PYTHONPATH={os.getcwd()}")
@@ -1532,15 +1470,12 @@ def test_sample_continues_prompts(monkeypatch: Patch) -> None:
         assert sampled("--prompt=-", stdin) == wanted
     asked = sampled("--interactive", b"The\n\xff\nof which\n")  # a bad line does not end it
     assert asked.startswith(sampled("--prompt=The")) and "\nof which" in asked
-    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\xff")))
-    refused(f"{SAMPLE} --prompt=-", "the prompt is not UTF-8")
-
-
-def test_a_prompt_longer_than_the_context_keeps_its_end() -> None:
     text, _ = call(f"{SAMPLE} --prompt={'a' * 40}")
     said, told = call(f"{SAMPLE} --prompt='{' ' * 400_000}{'a' * 40}'")
     assert said.strip() == text.strip()
     assert "the prompt has 400,040 tokens; the last 40 are used" in told
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\xff")))
+    refused(f"{SAMPLE} --prompt=-", "the prompt is not UTF-8")
 
 
 def test_scripts_run_with_closed_standard_streams() -> None:
@@ -1552,5 +1487,5 @@ def test_scripts_run_with_closed_standard_streams() -> None:
 
 def test_characters_are_never_broken_in_the_stream() -> None:
     decode = sample.stream_decoder(prep.get_tokenizer("byte"))
-    assert [decode(byte) for byte in "aé🙂".encode()] == ["a", "", "é", "", "", "", "🙂"]
-    assert [decode(0xF0), decode(0x9F), decode(256), decode(97)] == ["", "", "\ufffd", "a"]
+    tokens = [*"aé🙂".encode(), 0xF0, 0x9F, 256, 97]
+    assert [decode(token) for token in tokens] == ["a", "", "é", "", "", "", "🙂", "", "", "\ufffd", "a"]
