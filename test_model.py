@@ -219,10 +219,10 @@ def edit(path: Path | str, pattern: str, new: str = "") -> None:
 
 
 def plain_gpt2(directory: str, tokens: Tensor) -> Tensor:
-    """GPT-2's forward pass in float64, from the published description and the published layout: (T,) -> (T, V)."""
+    """The forward pass of a GPT-2 of two layers and two heads, in float64, from the published description and the
+    published layout: (T,) -> (T, V)."""
     stored = load_file(f"{directory}/model.safetensors").items()
     weights = {name.removeprefix("transformer."): tensor.double() for name, tensor in stored}
-    config = json.loads(Path(directory, "config.json").read_text())
     T = len(tokens)
     future = torch.ones(T, T).triu(1).bool()
 
@@ -233,10 +233,9 @@ def plain_gpt2(directory: str, tokens: Tensor) -> Tensor:
         return F.layer_norm(x, x.shape[-1:], weights[f"{name}.weight"], weights[f"{name}.bias"], 1e-5)
 
     x = weights["wte.weight"][tokens] + weights["wpe.weight"][:T]
-    for layer in range(config["n_layer"]):
-        block = f"h.{layer}"
+    for block in ("h.0", "h.1"):
         qkv = linear(layer_norm(x, f"{block}.ln_1"), f"{block}.attn.c_attn")
-        q, k, v = qkv.view(T, 3, config["n_head"], -1).permute(1, 2, 0, 3)
+        q, k, v = qkv.view(T, 3, 2, -1).permute(1, 2, 0, 3)
         scores = q @ k.mT / math.sqrt(q.size(-1))
         mixed = scores.masked_fill(future, -math.inf).softmax(-1) @ v
         x = x + linear(mixed.transpose(0, 1).reshape(T, -1), f"{block}.attn.c_proj")
@@ -445,9 +444,8 @@ class Answer(http.server.BaseHTTPRequestHandler):
         hub.requests.append((self.path, dict(self.headers)))
         fault = hub.faults.pop(0) if hub.faults else ""
         name, value = hub.headers.get(self.path, ("Retry-After", "99999999"))
-        first = 0
-        if "ignore range" not in fault:
-            first = int(self.headers.get("Range", "bytes=0-")[6:-1])
+        asked = self.headers.get("Range", "bytes=0-")[6:-1]
+        first = 0 if "ignore range" in fault else int(asked)
         code = 206 if first else 200
         if name == "Location":
             code = 302
@@ -458,8 +456,6 @@ class Answer(http.server.BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(body)))
         self.send_header(name, value)
         self.end_headers()
-        if fault == "lie":
-            body = bytes(len(body))
         self.wfile.write(body[: len(body) // 2] if "drop" in fault else body)
 
     log_message = "".format  # no log
@@ -594,14 +590,13 @@ def test_every_format_gives_the_tokens_of_its_texts() -> None:
         ("a.txt", bom + f"{mark}{text}{mark}\none\n{mark}\r\n\ntwo\n{mark}\n".encode(), parts),
     ):
         Path(name).write_bytes(content)
-        options = f"--out={name}.out --shard-tokens=50k --val-tokens=10k"
-        _, told = call(f"{PREPARE} --input={name} {options}")
-        warned = f"{name} has {text.count(mark):,} {mark} in its texts" in told
-        assert warned == (expected is texts)
-        meta = json.loads(Path(f"{name}.out/meta.json").read_text())
+        _, told = call(f"{PREPARE}/{name} --input={name} --shard-tokens=50k --val-tokens=10k")
+        warning = f"{name} has {text.count(mark):,} {mark} in its texts"
+        assert (warning in told) == (expected is texts)
+        meta = json.loads(Path(f"out/{name}/meta.json").read_text())
         stream = byte_tokens(expected)
         for split, tokens in (("val", stream[:10_000]), ("train", stream[10_000:])):
-            assert read_shards(f"{name}.out", split) == tokens
+            assert read_shards(f"out/{name}", split) == tokens
             begun = tokens.count(256)
             counts = {"documents": begun, "bytes": len(tokens) - begun, "tokens": len(tokens)}
             assert meta[split].items() >= counts.items()
@@ -676,10 +671,10 @@ def test_what_cannot_be_fetched_ends_in_one_line(hub: Any, monkeypatch: Patch) -
     command = "prepare_data.py --tokenizer=byte --max-tokens=20k --out"
     serve_fineweb(hub, documents(3000))
     call(f"{command}=small")
-    fetched = [path for path, _ in hub.requests if path.endswith(".parquet")]
-    assert len(fetched) == 1 and "000_00000" in fetched[0]  # it needs the first only
-    hub.faults[:] = ["", "", "lie"]
-    refused(f"{command}=lied", "000_00000.parquet.*sha256")
+    (path,) = [path for path, _ in hub.requests if path.endswith(".parquet")]
+    assert "000_00000" in path  # it needs the first only
+    hub.content[path] = bytes(len(hub.content[path]))
+    refused(f"{command}=damaged", "000_00000.parquet.*sha256")
     for setting, words in (
         ("HF_ENDPOINT=http://user:SECRET@host", "HF_ENDPOINT must be"),
         ("HF_ENDPOINT=http://127.0.0.1:1", "ConnectionError"),
@@ -716,8 +711,8 @@ def test_what_is_finished_or_not_ours_is_left_alone() -> None:
     call(command)
     refused(f"{command} --max-tokens=60k", "max_tokens was 50000")
     assert contents("out") == before
-    mine = [Path(name) for name in ("demo/.work/mine", "demo/.demo.jsonl", "start/train_000000.bin")]
-    mine[0].parent.mkdir(parents=True)
+    os.makedirs("demo/.work")
+    mine = [Path("demo/.work/mine"), Path("start/train_000000.bin")]
     for path in mine:
         path.write_text("mine")
     call("prepare_data.py --source=demo --out=demo")
@@ -729,13 +724,11 @@ def test_what_is_finished_or_not_ours_is_left_alone() -> None:
 
 BAD_TEXTS = {
     "cut.parquet": (as_parquet(text=["a"])[:-20], "cannot be read"),
-    "body.parquet": (as_parquet(body=["a"]), "text"),
     "number.parquet": (as_parquet(text=[1, 2]), "text"),
     "large.parquet": (as_parquet(text=["a" * 10**6]), "200,000 bytes"),
     "line.jsonl": (b'{"text": "good"}\n\n{"text": "cut\n', "line 3"),
     "half.jsonl": (b'{"text": "good"}\n{"text": "half \\ud800"}\n', "line 2"),
     "large.jsonl": (b'{"text": "a"}\n{"text": "' + b"a" * 10**6 + b'"}', "line 2.*200,000 bytes"),
-    "cut.jsonl.gz": (gzip.compress(b'{"text": "a"}\n' * 100)[:-10], "line 94"),
     "large.txt": (b"a" * 10**6, "200,000 bytes"),
     "bytes.txt": (b"good \xff", "cannot be read.*position 5"),
     "empty.txt": (b"", "has no text"),
@@ -929,7 +922,7 @@ def start_ranks(ranks: int, command: str, stop: tuple | None = None) -> Callable
 
 
 def test_each_sequence_is_used_once_an_epoch_and_the_step_decides_which() -> None:
-    config = replace(train.TrainConfig(), sequence_length=32, total_batch_tokens=32 * 100)
+    config = train.TrainConfig(sequence_length=32, total_batch_tokens=32 * 100)
     split = prep.open_split(Path("shards"), "train", 32)
     shards = [np.fromfile(path, dtype="<u2", offset=1024) for path in split.paths]
     sequences = np.concatenate([np.lib.stride_tricks.sliding_window_view(shard, 33)[::32] for shard in shards])
@@ -964,7 +957,7 @@ def test_law_6_losses_and_updates_are_those_of_a_plain_loop() -> None:
     model = load_model("start", dropout=0.2).train()
     groups = [{"params": [p], "weight_decay": 0.3 * (p.dim() == 2)} for p in model.parameters()]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.9), eps=1e-8)
-    config = replace(train.TrainConfig(), sequence_length=32, total_batch_tokens=512)
+    config = train.TrainConfig(sequence_length=32, total_batch_tokens=512)
     split = prep.open_split(Path("shards"), "train", 32)
     assert ranks() == [0, 0]
     updates = [line for line in read_log("out") if "lr" in line]
@@ -1039,7 +1032,7 @@ def test_restarted_workers_do_not_find_the_addresses_of_dead_ones(monkeypatch: P
     names = set()
     for count in ("0", "1"):
         set_environment(monkeypatch, f"TORCHELASTIC_RESTART_COUNT={count}")
-        train.start_process(replace(train.TrainConfig(), device="cpu"))
+        train.start_process(train.TrainConfig(device="cpu"))
         torch.distributed.destroy_process_group()
         new = {*store.list_keys()} - names
         assert new and all(f"{count}/" in name for name in new)
@@ -1200,8 +1193,6 @@ def test_what_is_not_a_checkpoint_is_left_alone() -> None:
     command = f"{TRAIN} --checkpoint-every=2 --eval-every=0"
     call(f"{command} --keep-checkpoints=0")
     os.rename("out/step_000006", "out/step_000050")  # not of step 50
-    os.rename("out/step_000002", "elsewhere")
-    os.symlink("../elsewhere", "out/step_000002")
     mine = ["step_7", "step_best.tmp", "step_000003", "step_000006"]
     for name in mine:
         Path("out", name).mkdir()
@@ -1211,7 +1202,7 @@ def test_what_is_not_a_checkpoint_is_left_alone() -> None:
     assert told.startswith("out/step_000004: ")
     call(f"{command} --keep-checkpoints=1 --resume")
     (replaced,) = Path("out").glob("step_000006.replaced_*")
-    others = [".lock", "metrics.jsonl", "step_000002", "step_000050", replaced.name]
+    others = [".lock", "metrics.jsonl", "step_000050", replaced.name]
     assert {*os.listdir("out")} == {*others, *mine}
     assert (replaced / "SHA256SUMS").read_text() == "mine"
 
@@ -1326,13 +1317,10 @@ BAD_ARGUMENTS = {
     f"{TRAIN} --max-lr=nan": "--max-lr",
     f"{TRAIN} --stepz=1": "--stepz",
     f"{PREPARE} --source=demo": "--source",
-    f"{PREPARE} --max-tokens=many": "--max-tokens",
     f"{PREPARE} --max-tokens={9**400}": "--max-tokens",
-    "prepare_data.py a.txt": "a.txt",
     f"{SAMPLE} --top-p=1.5": "--top-p",
 }
 IMPOSSIBLE = {
-    f"{TRAIN} --n-layer=1001": "n_layer must be an integer from 1 to 1,000",
     f"{TRAIN} --init-from=short": "--sequence-length 32 exceeds",
     f"{TRAIN} --init-from=other": "--tokenizer gpt2",
     f"{TRAIN} --init-from=small": "256 tokens; 257",
@@ -1340,7 +1328,6 @@ IMPOSSIBLE = {
     f"{TRAIN} --data=start": "no train shards",
     f"{TRAIN} --data=part": "incomplete",
     f"{TRAIN} --total-batch-tokens=65536": "only 46,912 usable tokens",
-    f"{TRAIN} --eval-only": "is not a model",
     f"{TRAIN} --device=mps": "mps is not available",
     f"{TRAIN} --tensorboard": "pip install tensorboard",
     f"{PREPARE} --input=none.txt": "none.txt does not exist, or is not a file",
@@ -1399,9 +1386,8 @@ def test_demo_from_nothing_to_text() -> None:
     assert said.endswith("python sample.py --model=out/demo\n")
     line = re.search(r"^step 12  loss [\d.]+  lr [\d.e-]+  norm [\d.]+  [\d,]+k? tok/s  0:00:00$", said, re.M)
     assert len(line[0]) < 80
-    losses = logged("out/demo")
-    assert len(losses) == 12 and losses[-1] < losses[0] - 1
-    assert losses[0] == pytest.approx(math.log(257), rel=0.03)
+    first, *_, last = logged("out/demo")
+    assert last + 1 < first == pytest.approx(math.log(257), rel=0.03)
     text, told = run("sample.py --max-new-tokens=50 --device=cpu")
     assert re.fullmatch(r"out/demo/step_000012: [\d,]+ parameters, cpu\n\d+ tokens, [\d.]+ tokens/s\n", told)
     assert text
@@ -1428,13 +1414,6 @@ def test_sample_continues_prompts(monkeypatch: Patch) -> None:
     assert "the prompt has 400,040 tokens; the last 40 are used" in told
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\xff")))
     refused(f"{SAMPLE} --prompt=-", "the prompt is not UTF-8")
-
-
-def test_scripts_run_with_closed_standard_streams() -> None:
-    for command in (f"{SAMPLE} --prompt=-", f"{TRAIN} --eval-only --init-from=start"):
-        shell = f"{sys.executable} {ROOT}/{command} <&- 2>&-"
-        done = subprocess.run(shell, shell=True, capture_output=True, timeout=TIMEOUT, check=True)
-        assert done.stdout and not done.stderr
 
 
 def test_characters_are_never_broken_in_the_stream() -> None:
