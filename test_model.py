@@ -245,9 +245,8 @@ def test_law_1_parity_with_a_plain_gpt2(device: str) -> None:
     tokens = torch.randint(61, (3, 16))
     reference = torch.stack([plain_gpt2("tiny", row) for row in tokens])
     assert reference.abs().max() > 5  # far from what an untrained model says
-    for model in (random_model(), load_model("tiny")):
-        logits = model.to(device)(tokens.to(device)).cpu().double()
-        torch.testing.assert_close(logits, reference, rtol=1e-4, atol=1e-4)
+    logits = load_model("tiny").to(device)(tokens.to(device)).cpu().double()
+    torch.testing.assert_close(logits, reference, rtol=1e-4, atol=1e-4)
 
 
 def test_parameters_and_flops_are_counted_as_in_the_release_and_by_pytorch() -> None:
@@ -280,8 +279,8 @@ def test_loss_and_gradients_are_those_of_the_formula(half: bool, compiled: bool)
 
 
 def test_the_residual_stream_is_in_half_precision_in_training_only() -> None:
-    model = GPT(TINY)
     types = []
+    model = GPT(TINY)
     model.transformer.h[1].register_forward_pre_hook(lambda _, inputs: types.append(inputs[0].dtype))
     tokens = torch.randint(61, (1, 8))
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -369,13 +368,12 @@ def test_damaged_and_foreign_models_are_refused() -> None:
     config = Path("tiny/config.json")
     weights = Path("tiny/model.safetensors")
     good = config.read_text()
-    content = weights.read_bytes()
     settings = ['"n_inner": 64', '"n_embd": 64', '"n_layer": 1', '"n_layer": 1001', '"n_head": 2.0']
     for wrong in [*settings, f'"n_positions": {10**30}', "["]:
         config.write_text(good.replace("}", f", {wrong}}}"))  # of two values, JSON takes the last
         fails(ValueError, r"config\.json", load_model, "tiny")
     config.write_text(good)
-    for broken in (content[:-100], b"", b"x" * 5000):
+    for broken in (weights.read_bytes()[:-100], b"", b"x" * 5000):
         weights.write_bytes(broken)
         fails(ValueError, r"model\.safetensors is damaged", load_model, "tiny")
     weights.unlink()
@@ -639,8 +637,7 @@ def serve_fineweb(hub: Any, texts: list[str]) -> None:
 
 
 def test_law_5_shards_do_not_depend_on_workers_faults_or_kills(hub: Any) -> None:
-    texts = documents(3000)
-    serve_fineweb(hub, texts)
+    serve_fineweb(hub, documents(3000))
     hub.faults[:] = ["503", "", "", "503", "429", "drop", "drop", "ignore range", "drop"]
     options = "prepare_data.py --tokenizer=byte --shard-tokens=16k --val-tokens=20k --out"
     for workers in (1, 2, 5):
@@ -654,7 +651,7 @@ def test_law_5_shards_do_not_depend_on_workers_faults_or_kills(hub: Any) -> None
     edit("killed/SHA256SUMS", ".*meta.json\n")  # as if killed just before its end
     call(f"{options}=killed")
     assert contents("killed") == contents("of1") == contents("of2") == contents("of5")
-    assert read_shards("killed") == byte_tokens(texts)
+    assert read_shards("killed") == byte_tokens(documents(3000))
     assert not os.path.exists("killed/.prepare_data")
 
 
@@ -677,13 +674,12 @@ def test_what_cannot_be_fetched_ends_in_one_line(hub: Any, monkeypatch: Patch) -
 
 def test_memory_does_not_grow_with_the_corpus() -> None:
     """The largest size of a preparation, for one and for ten times a text, by the system's account; and reading."""
-    prepare_and_tell = "import prepare_data; prepare_data.main(); print(*open('/proc/self/status'))"
+    tell = "import prepare_data; prepare_data.main(); print(*open('/proc/self/status'))"
     peaks = []
     for copies in (10, 100):
         write_jsonl("a.jsonl", documents() * copies)
-        options = f"{PREPARE}{copies} --shard-tokens=1M --val-tokens=1M --workers=2".split()
-        command = [sys.executable, "-c", prepare_and_tell, *options[1:]]
-        said = subprocess.check_output(command, timeout=TIMEOUT)
+        _, *options = f"{PREPARE}{copies} --shard-tokens=1M --val-tokens=1M --workers=2".split()
+        said = subprocess.check_output([sys.executable, "-c", tell, *options], timeout=TIMEOUT)
         peaks.append(int(re.search(rb"VmHWM:\s+(\d+)", said)[1]))
     assert peaks[1] < 1.1 * peaks[0], peaks
     header = np.array([20240520, 1, 3 * 10**7], dtype="<i4").tobytes()
@@ -912,8 +908,7 @@ def test_each_sequence_is_used_once_an_epoch_and_the_step_decides_which() -> Non
     stream = np.concatenate(batches).tolist()
     first = stream[:total]
     second = stream[total : 2 * total]
-    assert sorted(first) == sorted(second) == [*range(total)]
-    assert first != second and first != sorted(first)
+    assert sorted(first) == sorted(second) == [*range(total)] and sorted(first) != first != second
     assert train.batch_indices(split, replace(config, seed=6), 1).tolist() != stream[:100]
 
 
