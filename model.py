@@ -302,8 +302,8 @@ def configure_optimizer(
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
     """Restore the state of an optimizer from `configure_optimizer`."""
     optimizer.load_state_dict(state)
-    local = getattr(optimizer, "optim", optimizer)  # this rank's part of a ZeroRedundancyOptimizer
-    if local is not optimizer:
+    local = getattr(optimizer, "optim", None)  # this rank's part of a ZeroRedundancyOptimizer
+    if local:
         optimizer.state.clear()  # a second copy
         for parameter, values in local.state.items():
             values["step"] = values["step"].to(parameter.device)  # loading left it on the CPU
@@ -462,14 +462,14 @@ def load_model(directory: str | Path, dropout: float = 0.0, vocab_size: int | No
 # Generation
 
 
-def probabilities(logits: Tensor, temperature: float, top_k: int | None, top_p: float | None) -> tuple[Tensor, Tensor]:
+def probabilities(logits: Tensor, temperature: float, top_k: int, top_p: float) -> tuple[Tensor, Tensor]:
     """(B, V) logits to (B, K) float32 probabilities of the next token, in descending order, and their (B, K) int64
-    tokens: the `top_k` most likely, and of these the fewest that reach `top_p`. None: no limit."""
+    tokens: the `top_k` most likely (all if 0), and of these the fewest that reach `top_p` (all if 1)."""
     vocab_size = logits.size(-1)
     logits = logits.float() / temperature
     logits, tokens = logits.topk(min(top_k or vocab_size, vocab_size))  # the most likely first
     probs = logits.softmax(dim=-1)
-    if top_p is not None and top_p < 1:
+    if top_p < 1:
         before = probs.cumsum(dim=-1) - probs  # the probability of all more likely tokens
         probs = probs.masked_fill(before >= top_p, 0.0)
         probs = probs / probs.sum(dim=-1, keepdim=True)
@@ -477,7 +477,7 @@ def probabilities(logits: Tensor, temperature: float, top_k: int | None, top_p: 
 
 
 def sample_token(
-    logits: Tensor, temperature: float, top_k: int | None, top_p: float | None, generator: torch.Generator | None
+    logits: Tensor, temperature: float, top_k: int, top_p: float, generator: torch.Generator | None
 ) -> Tensor:
     """(B, V) logits to (B,) int64 tokens: the most likely ones if the temperature is below 1e-6."""
     if temperature < 1e-6:
@@ -495,8 +495,8 @@ def generate(
     tokens: Tensor,
     max_new_tokens: int,
     temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
+    top_k: int = 0,
+    top_p: float = 1.0,
     generator: torch.Generator | None = None,
     stop_token: int | None = None,
 ) -> Iterator[Tensor]:

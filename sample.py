@@ -96,7 +96,7 @@ def print_samples(
         torch.tensor([tokens] * args.num_samples, device=generator.device),
         args.max_new_tokens,
         temperature=args.temperature,
-        top_k=args.top_k or None,
+        top_k=args.top_k,
         top_p=args.top_p,
         generator=generator,
         stop_token=tokenizer.eot_token,

@@ -400,7 +400,7 @@ def find_checkpoint(config: TrainConfig) -> Path | None:
     """The checkpoint to resume from; None for a new run. Raises FileExistsError if there is a run but no --resume,
     FileNotFoundError if all its checkpoints are damaged."""
     out = Path(config.out)
-    begun = prep.checkpoints(out) or len(read_log(out)) > 1  # the first entry holds the settings
+    begun = prep.checkpoints(out) or any("train_loss" in entry for entry in read_log(out))
     if begun and not config.resume:
         raise FileExistsError(f"{out} already contains a run; add --resume, or choose another --out")
     return prep.newest_checkpoint(out)
