@@ -418,6 +418,8 @@ def test_generation_stops_when_every_row_has_drawn_the_stop_token() -> None:
     ended = (free == stop).cumsum(dim=1) > 0
     expected = free.where(~ended, stop)  # a row that has ended repeats it
     assert torch.equal(greedy(stop), expected[:, : 1 + ended.all(dim=0).tolist().index(True)])
+    for length in (0, 17):
+        fails(ValueError, f"1 to 16 tokens.*not {length}", next, generate(model, tokens[:1, :1].expand(1, length), 1))
 
 
 class Answer(http.server.BaseHTTPRequestHandler):
@@ -1261,7 +1263,9 @@ def test_law_8_another_programs_data_is_recognized_by_name_and_size(monkeypatch:
     assert "a vocabulary of 50304; the 50257 tokens of gpt2 are used" in said
     assert gpt.read_config("out/step_000003")[0].vocab_size == 50257
     assert Path("out/step_000003/vocab.json").read_text() == "encoder.json"
-    call(f"{command} --resume")
+    prep.add_checksums(Path("theirs"), os.listdir("theirs"))
+    call(f"{command} --resume")  # checksums that came later change nothing
+    os.remove("theirs/SHA256SUMS")
     os.replace("shards/train_000002.bin", "theirs/fineweb_train_000001.bin")
     refused(f"{command} --resume", "train_000001.bin is not what the run was trained on")
     prep.get_tokenizer.cache_clear()
@@ -1381,3 +1385,10 @@ def test_characters_are_never_broken_in_the_stream() -> None:
     decode = sample.stream_decoder(prep.get_tokenizer("byte"))
     tokens = [*"aé🙂".encode(), 0xF0, 0x9F, 256, 97]
     assert [decode(token) for token in tokens] == ["a", "", "é", "", "", "", "🙂", "", "", "\ufffd", "a"]
+
+
+def test_scripts_run_with_closed_standard_streams() -> None:
+    for command in (f"{SAMPLE} --prompt=-", f"{TRAIN} --eval-only --init-from=start"):
+        shell = f"{sys.executable} {ROOT}/{command} <&- 2>&-"
+        done = subprocess.run(shell, shell=True, capture_output=True, timeout=TIMEOUT, check=True)
+        assert done.stdout and not done.stderr
