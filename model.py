@@ -14,7 +14,7 @@ In shape comments: B sequences of T tokens, C = n_embd channels, nh heads of siz
 import json
 import math
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
@@ -230,7 +230,7 @@ class GPT(nn.Module):
         return scores.sum(dim=2)
 
 
-def pad(rows: list[Tensor], counts: list[int]) -> tuple[Tensor, Tensor]:
+def pad(rows: list[Tensor], counts: Sequence[int]) -> tuple[Tensor, Tensor]:
     """Pad int64 rows of different lengths, whose last `counts` tokens are to be scored, to the (B, T) tokens and
     targets that `GPT.score` takes."""
     tokens = pad_sequence([row[:-1] for row in rows], batch_first=True)

@@ -110,20 +110,10 @@ MAY_CHANGE = {
 }  # fmt: skip
 
 BOOK = TrainConfig(  # for a single book: a few minutes on a laptop
-    data="data/mine",
-    model="gpt2-tiny",
-    sequence_length=64,
-    total_batch_tokens=12 * 64,
-    steps=2200,
-    warmup_steps=150,
-    max_lr=1.5e-3,
-    min_lr=1e-5,
-    beta2=0.99,
-    eval_every=1000,
-    sample_every=500,
-    checkpoint_every=1000,
-    log_every=20,
-)
+    data="data/mine", model="gpt2-tiny", sequence_length=64, total_batch_tokens=12 * 64,
+    steps=2200, warmup_steps=150, max_lr=1.5e-3, min_lr=1e-5, beta2=0.99,
+    eval_every=1000, sample_every=500, checkpoint_every=1000, log_every=20,
+)  # fmt: skip
 PRESETS = {"gpt2": TrainConfig(), "book": BOOK, "demo": replace(BOOK, data="data/demo", steps=1400)}
 
 
@@ -481,6 +471,7 @@ def describe_metrics(metrics: dict) -> str:
 class EvalSet(NamedTuple):
     """Rows of tokens, of which the last few are scored: sequences, or a task's context with each of its endings."""
 
+    name: str
     rows: Sequence[Tensor]  # of int64
     counts: np.ndarray  # (rows,) int64: how many tokens at the end of each are scored
     labels: np.ndarray | None = None  # (tasks,) int64: the right ending
@@ -491,11 +482,11 @@ def parse_task(name: str, task: dict) -> tuple[str, list[str], int]:
     """A task's context, its endings, and which of them is right. LAMBADA's only ending is the last word."""
     if name == "lambada":
         context, word = task["text"].rsplit(" ", 1)
-        return context, [" " + word], 0
+        return context, [word], 0
     label = int(task["label"])
     if len(task["endings"]) != 4 or not 0 <= label < 4:
         raise ValueError("it needs four endings and the number of the right one")
-    return task["ctx"], [" " + ending for ending in task["endings"]], label
+    return task["ctx"], task["endings"], label
 
 
 def read_tasks(name: str, path: Path, tokenizer: tiktoken.Encoding, most: int) -> EvalSet:
@@ -513,31 +504,29 @@ def read_tasks(name: str, path: Path, tokenizer: tiktoken.Encoding, most: int) -
             if not begin:
                 raise ValueError("its context is empty")
             for ending in endings:
-                end = tokenizer.encode_ordinary(ending)
+                end = tokenizer.encode_ordinary(" " + ending)
                 rows.append(torch.tensor(begin + end))
                 counts.append(len(end))
             labels.append(label)
     if not labels:
         raise ValueError(f"{path} contains no tasks")
-    return EvalSet(rows, np.array(counts), np.array(labels))
+    return EvalSet(name, rows, np.array(counts), np.array(labels))
 
 
-def open_evaluation(
-    config: TrainConfig, split: Split, tokenizer: tiktoken.Encoding, block_size: int
-) -> dict[str, EvalSet]:
+def open_evaluation(config: TrainConfig, split: Split, tokenizer: tiktoken.Encoding, block_size: int) -> list[EvalSet]:
     """What an evaluation scores: the first eval_tokens of the validation split, and the sets beside its directory."""
     T = config.sequence_length
     count = min(max(1, config.eval_tokens // T), split.sequences)
     rows = prep.read_sequences(split, np.arange(count))
     text_bytes = int(prep.token_bytes(tokenizer)[rows[:, 1:]].sum(dtype=np.int64))
-    sets = {"val": EvalSet(torch.from_numpy(rows), np.full(count, T), text_bytes=text_bytes)}
+    sets = [EvalSet("val", torch.from_numpy(rows), np.full(count, T), text_bytes=text_bytes)]
     for name in prep.EVALUATION_SETS:
         path = Path(config.data).parent / name / prep.FILES[name].name
         if not config.eval_tasks or not path.exists():
             continue
         tasks = read_tasks(name, path, tokenizer, config.eval_tasks)
         if tasks.counts.max() <= block_size:
-            sets[name] = tasks
+            sets.append(tasks)
         else:
             say(f"{name} is left out: an ending is longer than the model's context", sys.stderr)
     return sets
@@ -562,25 +551,25 @@ def score_rows(model: GPT, data: EvalSet, process: Process, stops: Sequence[int]
         start = done + process.rank * size  # the ranks take turns
         share = order[start : start + size]
         if share:
-            tokens, targets = gpt.pad([rows[i] for i in share], data.counts[share].tolist())
+            tokens, targets = gpt.pad([rows[i] for i in share], data.counts[share])
             with gpt.evaluation_mode(model), process.autocast:
                 scores[:, share] = model.score(tokens.to(device), targets.to(device))
         done += process.world_size * size
     return all_reduce(scores).numpy()
 
 
-def summarize(name: str, data: EvalSet, nats: np.ndarray, hits: np.ndarray) -> dict:
+def summarize(data: EvalSet, nats: np.ndarray, hits: np.ndarray) -> dict:
     """The metrics of a set, from each row's summed loss and how many of its targets were the most likely token;
     `..._se` is a standard error over sequences or tasks. "val_loss" is in nats per token. "hellaswag_acc" is how often
     the right ending has the lowest summed loss, "hellaswag_acc_norm" the lowest loss per token. "lambada_acc" is how
     often every token of the last word is the most likely; its perplexity is per word."""
     averaged = {}
     others = {}
-    if name == "val":
+    if data.name == "val":
         averaged["val_loss"] = nats / data.counts
         others["val_perplexity"] = np.exp(averaged["val_loss"].mean())
         others["val_bits_per_byte"] = nats.sum() / math.log(2) / max(1, data.text_bytes)
-    elif name == "lambada":
+    elif data.name == "lambada":
         averaged["lambada_acc"] = hits == data.counts
         others["lambada_perplexity"] = np.exp(nats.mean())
     else:
@@ -596,15 +585,15 @@ def summarize(name: str, data: EvalSet, nats: np.ndarray, hits: np.ndarray) -> d
     return metrics | others
 
 
-def evaluate(model: GPT, sets: dict[str, EvalSet], process: Process, stops: Sequence[int] = ()) -> dict | None:
+def evaluate(model: GPT, sets: list[EvalSet], process: Process, stops: Sequence[int] = ()) -> dict | None:
     """The metrics of all sets (a metric that is not finite is None), the same on all ranks; each rank scores its share.
     Returns None, within a batch, once any rank has caught a signal."""
     metrics = {}
-    for name, data in sets.items():
+    for data in sets:
         scores = score_rows(model, data, process, stops)
         if scores is None:
             return None
-        metrics |= summarize(name, data, *scores)
+        metrics |= summarize(data, *scores)
     return {name: float(value) if np.isfinite(value) else None for name, value in metrics.items()}
 
 
@@ -824,7 +813,7 @@ def train(config: TrainConfig, given: dict) -> int:
     say(f"an update: {passes} micro-batches x {process.world_size} ranks x {size} sequences x {T} tokens")
 
     # What the loop does now and then
-    sets = {}
+    sets = []
     if val_split:
         sets = open_evaluation(config, val_split, tokenizer, model.config.block_size)
     peak_flops = gpt.PEAK_FLOPS.get(torch.cuda.get_device_name()) if device.type == "cuda" else None
