@@ -273,7 +273,7 @@ def list_hub(repository: str, folder: str = "") -> list:
             for entry in json.loads(page):
                 path = str(entry["path"])
                 checksum = (entry.get("lfs") or {}).get("oid", "")
-                files.add(RawFile(path, int(entry["size"]), checksum, f"{base}/{path}"))
+                files.add(RawFile(path, int(entry["size"]), str(checksum), f"{base}/{path}"))
         url = response.links.get("next", {}).get("url")
     return sorted(files)
 
@@ -571,6 +571,14 @@ def open_meta(settings: dict, files: list, out: Path) -> dict:
     return meta
 
 
+def check_unchanged(files: list) -> None:
+    """Raise ValueError if a file of the user's has changed since its sha256 was taken. Checked after a shard's text is
+    read and before it is written, so that no shard is of another text than the first."""
+    for file in files:
+        if file.changed and os.stat(file.name).st_ctime_ns != file.changed:
+            raise ValueError(f"{file.name} has changed since the start; restore it, or use another --out")
+
+
 def choose_val_tokens(batches: Iterator, meta: dict) -> Iterator:
     """Set meta["val_tokens"] to a tenth of the first 10M tokens. Returns the same batches, some of them read ahead."""
     most = min(meta["max_tokens"] or sys.maxsize, 10**7)
@@ -606,10 +614,6 @@ def prepare(settings: dict, files: list, out: Path, workers: int) -> dict:
     split, room = next_shard(meta)
     pieces = []  # of the next shard
     for place, tokens in batches:
-        # Checked after a batch is read, so that no shard is of another text than the sha256.
-        file = files[place[0]]
-        if file.changed and os.stat(file.name).st_ctime_ns != file.changed:
-            raise ValueError(f"{file.name} has changed since the start; restore it, or use another --out")
         used = skip if place == start else 0  # tokens of this batch that are in shards
         if used > len(tokens):
             raise ValueError(f"{out / 'meta.json'} has an impossible position; use another --out")
@@ -619,6 +623,7 @@ def prepare(settings: dict, files: list, out: Path, workers: int) -> dict:
             used += len(piece)
             room -= len(piece)
             if room == 0:
+                check_unchanged(files)
                 add_shard(out, meta, pieces, split, [*place, used])
                 split, room = next_shard(meta)
                 pieces = []
@@ -627,6 +632,7 @@ def prepare(settings: dict, files: list, out: Path, workers: int) -> dict:
         status(f"file {place[0] + 1} of {len(files)}: {room:,} tokens to the next shard")
         if room == 0:
             break
+    check_unchanged(files)
     if pieces:
         add_shard(out, meta, pieces, split, [len(files), 0, 0])
     if meta["val"]["shards"] == 0:
@@ -652,12 +658,12 @@ def checkpoints(run: Path) -> list[Path]:
         if not re.fullmatch("step_([0-9]{6}|[1-9][0-9]{6,})", directory.name):
             continue
         path = directory / "trainer.pt"
-        step = None
+        is_checkpoint = path.name in read_checksums(directory)  # whatever state it is in
         if path.is_file():
             with suppress(Exception):  # it is damaged
-                step = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["step"]
-        listed = path.name in read_checksums(directory)
-        if step == int(directory.name[5:]) or (step is None and listed):
+                trainer = dict(torch.load(path, map_location="cpu", weights_only=True, mmap=True))
+                is_checkpoint = trainer.get("step") == int(directory.name[5:])
+        if is_checkpoint is True:
             found.append(directory)
     return sorted(found, key=lambda path: int(path.name[5:]))
 
@@ -703,9 +709,11 @@ def fetch_model(name: str) -> Path:
         check_checksums(directory, MODEL_FILES)
         return directory
     with locked(directory, wait=True):  # download() skips what another process has fetched
-        for file in list_hub(f"models/openai-community/{name}"):
-            if file.name in MODEL_FILES:
-                download(file, directory / file.name)
+        files = {file.name: file for file in list_hub(f"models/openai-community/{name}")}
+        for file in MODEL_FILES:
+            if file not in files:
+                raise OSError(f"the hub lists no {file} for {name}; check HF_ENDPOINT")
+            download(files[file], directory / file)
         add_checksums(directory, MODEL_FILES)
     return directory
 
@@ -933,7 +941,8 @@ def check_checksums(directory: Path, names: Iterable) -> None:
     for name in names:
         path = directory / name
         if not path.is_file() or sha256_of(path) != checksums.get(name):
-            raise ValueError(f"{path} is damaged, missing, or not in SHA256SUMS; restore it, or delete {directory}")
+            problem = f"{path} is damaged, missing, or not in SHA256SUMS"
+            raise ValueError(f"{problem}; restore it, or use another directory")
 
 
 # The command line

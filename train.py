@@ -204,22 +204,28 @@ def start_process(config: TrainConfig) -> Process:
 def join_processes(rank: int, world_size: int, device: torch.device) -> None:
     """Join the process group that torchrun has started. Raises OSError when it cannot be reached."""
     status("waiting for the other processes")
-    address = (os.environ.get("MASTER_ADDR", ""), read_environment("MASTER_PORT", 0))
+    host = os.environ.get("MASTER_ADDR", "")
+    port = read_environment("MASTER_PORT", 0)
+    # The store in which the processes meet is in torchrun, or else in rank 0.
+    serves = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     deadline = time.monotonic() + 300
     try:
-        socket.getaddrinfo(*address)  # fails at once if the name does not exist
-        # Wait for rank 0 or torchrun to listen, since PyTorch would log a stack trace for every attempt.
-        while rank > 0:
+        if not 0 < port < 2**16:
+            raise ValueError("there is no such port")
+        socket.getaddrinfo(host, port)  # fails at once if the name does not exist
+        # Wait for the store to listen, since PyTorch would log a stack trace for every attempt.
+        while not serves:
             try:
-                socket.create_connection(address, timeout=10).close()
+                socket.create_connection((host, port), timeout=10).close()
                 break
             except (ConnectionError, TimeoutError):
                 if time.monotonic() > deadline:
                     raise
                 time.sleep(1)
+        address = "localhost" if serves else host
         # In a thread, so that Ctrl-C ends the wait.
-        meeting = dist.rendezvous("env://", timeout=timedelta(minutes=5))
-        store, *_ = prep.begin(next, meeting).result()
+        waiting = prep.begin(dist.TCPStore, address, port, world_size, serves, timedelta(minutes=5))
+        store = waiting.result(600)
         # Each restart has its own prefix in the store, or workers would find addresses of dead ones.
         # On a single machine only, since several may count restarts differently.
         if world_size == read_environment("LOCAL_WORLD_SIZE", 0):
@@ -230,7 +236,8 @@ def join_processes(rank: int, world_size: int, device: torch.device) -> None:
         dist.init_process_group(backend, None, limit, world_size, rank, store, device_id=device_id)
     except (RuntimeError, ValueError, OSError) as error:
         problem = str(error).split("\n")[0]
-        raise OSError(f"cannot join the other processes (MASTER_ADDR, MASTER_PORT: {address}): {problem}") from error
+        advice = f"check MASTER_ADDR ({host}) and MASTER_PORT ({port})"
+        raise OSError(f"cannot join the other processes: {problem}; {advice}") from error
 
 
 def all_reduce(value: Tensor, how: dist.ReduceOp = dist.ReduceOp.SUM) -> Tensor:
@@ -341,7 +348,9 @@ def save_checkpoint(out: Path, model: GPT, trainer: dict, tokenizer: str, files:
         shutil.rmtree(part, ignore_errors=True)
         problem = f"{final} could not be written: {error}"
         raise OSError(f"{problem}; fix that and continue with --resume") from error
-    if os.path.lexists(final):  # a damaged one that was skipped, or something else with its name
+    if final in prep.checkpoints(out):  # a damaged one that was skipped
+        shutil.rmtree(final)
+    elif os.path.lexists(final):  # something else with its name
         final.rename(f"{final}.replaced_{time.time_ns()}")
     part.rename(final)
     prep.synchronize(out)
@@ -352,8 +361,8 @@ def find_best(out: Path) -> Path | None:
     """The checkpoint with the lowest validation loss in the log, if any."""
     losses = {}
     for entry in read_log(out):
-        if entry.get("val_loss"):
-            losses[out / f"step_{entry.get('step', 0):06d}"] = entry["val_loss"]
+        if isinstance(entry.get("val_loss"), float) and "step" in entry:
+            losses[out / f"step_{entry['step']:06d}"] = entry["val_loss"]
     evaluated = [path for path in prep.checkpoints(out) if path in losses]
     return min(evaluated, key=losses.get, default=None)
 
@@ -419,7 +428,9 @@ def read_log(out: Path) -> list[dict]:
     with suppress(FileNotFoundError):
         for line in (out / "metrics.jsonl").read_bytes().splitlines():
             with suppress(ValueError):
-                entries.append(prep.read_object(line, "a line of the log"))
+                entry = prep.read_object(line, "a line of the log")
+                if isinstance(entry.get("step", 0), int):
+                    entries.append(entry)
     return entries
 
 
@@ -500,11 +511,12 @@ def read_tasks(name: str, path: Path, tokenizer: tiktoken.Encoding, most: int) -
     for number, line in enumerate(path.read_bytes().splitlines()[:most], start=1):
         with prep.reading(f"{path}, line {number},"):
             context, endings, label = parse_task(name, prep.read_object(line, "its JSON"))
-            begin = tokenizer.encode_ordinary(context)
+            # Not by the tokenizer itself, which cannot encode very long white space.
+            begin = prep.tokenize([context], tokenizer)[1:].tolist()
             if not begin:
                 raise ValueError("its context is empty")
             for ending in endings:
-                end = tokenizer.encode_ordinary(" " + ending)
+                end = prep.tokenize([" " + ending], tokenizer)[1:].tolist()
                 rows.append(torch.tensor(begin + end))
                 counts.append(len(end))
             labels.append(label)
