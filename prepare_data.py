@@ -658,12 +658,13 @@ def checkpoints(run: Path) -> list[Path]:
         if not re.fullmatch("step_([0-9]{6}|[1-9][0-9]{6,})", directory.name):
             continue
         path = directory / "trainer.pt"
-        is_checkpoint = path.name in read_checksums(directory)  # whatever state it is in
+        # Without a readable trainer.pt, a checkpoint is known by its SHA256SUMS.
+        is_checkpoint = path.name in read_checksums(directory)
         if path.is_file():
             with suppress(Exception):  # it is damaged
                 trainer = dict(torch.load(path, map_location="cpu", weights_only=True, mmap=True))
                 is_checkpoint = trainer.get("step") == int(directory.name[5:])
-        if is_checkpoint is True:
+        if is_checkpoint is True:  # the step of a foreign file may be anything
             found.append(directory)
     return sorted(found, key=lambda path: int(path.name[5:]))
 
