@@ -862,8 +862,8 @@ def train(config: TrainConfig, given: dict) -> int:
         say(f"step {step}  evaluation\n{describe_metrics(metrics)}")
         return False
 
-    def save(step: int) -> int:
-        """Write a checkpoint, with the help of all ranks, and return its step."""
+    def save(step: int) -> None:
+        """Write a checkpoint, with the help of all ranks."""
         if zero:
             optimizer.consolidate_state_dict(to=0)
         if main_process:
@@ -878,7 +878,6 @@ def train(config: TrainConfig, given: dict) -> int:
             path = save_checkpoint(out, model, trainer, tokenizer.name, tokenizer_files)
             prune(out, path, config.keep_checkpoints)
             say(f"step {step}  checkpoint {path}")
-        return step
 
     # The loop
     remaining = range(step + 1, config.steps + 1)
@@ -931,7 +930,8 @@ def train(config: TrainConfig, given: dict) -> int:
         if due(step, config.eval_every, config.steps):
             stop = log_evaluation(step) or stop
         if stop or step == config.steps or due(step, config.checkpoint_every, config.steps):
-            saved = save(step)
+            save(step)
+            saved = step
 
     if stop:
         say(f"interrupted after step {saved}; to continue, run the same command with --resume")
