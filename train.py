@@ -816,12 +816,12 @@ def train(config: TrainConfig, given: dict) -> int:
 
     # The log
     record = open_log(out, config, step) if main_process else lambda entry: None
-    tokens = sum(split.tokens)
-    epochs = config.steps * batch_tokens / tokens
+    train_tokens = sum(split.tokens)
+    epochs = config.steps * batch_tokens / train_tokens
     passes = batch_tokens // (size * T * process.world_size)
     say(f"{'resumed' if checkpoint else 'started'} from {source or 'scratch'}")
     say(f"{gpt.parameter_count(model):,} parameters, {device.type}, {process.dtype}{', compiled' if compiled else ''}")
-    say(f"{tokens:,} training tokens; {config.steps:,} updates of {batch_tokens:,}, or {epochs:,.2f} epochs")
+    say(f"{train_tokens:,} training tokens; {config.steps:,} updates of {batch_tokens:,}, or {epochs:,.2f} epochs")
     say(f"an update: {passes} micro-batches x {process.world_size} ranks x {size} sequences x {T} tokens")
 
     # What the loop does now and then
@@ -912,9 +912,9 @@ def train(config: TrainConfig, given: dict) -> int:
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
 
         # The one wait for the device, and for all ranks
-        stopping = torch.full((), float(len(stops)), device=device)
-        sums = all_reduce(torch.stack([loss, norm, stopping]))
-        mean_loss, mean_norm, stopping = (sums / process.world_size).tolist()
+        signals = torch.full((), float(len(stops)), device=device)
+        sums = all_reduce(torch.stack([loss, norm, signals]))
+        mean_loss, mean_norm, mean_signals = (sums / process.world_size).tolist()
         check_finite(step, mean_loss, mean_norm, scaler, saved)
         scaler.step(optimizer)
         scaler.update()
@@ -922,7 +922,7 @@ def train(config: TrainConfig, given: dict) -> int:
 
         dt = time.perf_counter() - began
         seconds += dt
-        stop = stopping > 0
+        stop = mean_signals > 0
         if due(step, config.log_every, config.steps):
             log_update(step, mean_loss, lr, mean_norm, dt)
         if due(step, config.sample_every, config.steps) and main_process:
