@@ -25,7 +25,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -287,10 +287,10 @@ def batch_indices(split: Split, config: TrainConfig, step: int) -> np.ndarray:
     return np.array(indices)
 
 
-def load_batch(split: Split, config: TrainConfig, size: int, process: Process, step: int) -> Tensor:
+def load_batch(split: Split, config: TrainConfig, micro_batch_size: int, process: Process, step: int) -> Tensor:
     """This rank's part of a batch: (micro-batches, micro-batch size, T + 1) int64 on the CPU."""
     indices = batch_indices(split, config, step)
-    indices = indices.reshape(-1, process.world_size, size)[:, process.rank]
+    indices = indices.reshape(-1, process.world_size, micro_batch_size)[:, process.rank]
     sequences = prep.read_sequences(split, indices.ravel())
     return torch.from_numpy(sequences.reshape(*indices.shape, -1))
 
@@ -792,16 +792,16 @@ def train(config: TrainConfig, given: dict) -> int:
     compiled = config.compile
     if compiled is None:
         compiled = device.type == "cuda" and has_triton()
-    # What the loop calls, with the parameters of the model. Not dynamic, or a second size of
-    # micro-batch would be compiled for all sizes, and be slower.
+    # The model as the loop calls it: compiled, and averaging gradients over the ranks. With dynamic
+    # shapes, a second micro-batch size would be compiled for every size, and run slower.
     runner = torch.compile(model, dynamic=False) if compiled else model
     if process.world_size > 1:
         runner = DistributedDataParallel(runner, gradient_as_bucket_view=True)
-    size = config.micro_batch_size or find_micro_batch_size(config, model, runner, process)
+    micro_batch_size = config.micro_batch_size or find_micro_batch_size(config, model, runner, process)
     if runner is not model:
-        # Compilation stays out of the first update, and DistributedDataParallel settles its order of
-        # summation, so that a resumed run adds gradients in the same order.
-        pass_over_zeros(runner, size, T, process, sync=True)
+        # This compiles before the first update is timed, and DistributedDataParallel settles the order
+        # in which it sums gradients, so that a resumed run sums them in the same order.
+        pass_over_zeros(runner, micro_batch_size, T, process, sync=True)
 
     # The optimizer
     zero = config.zero and process.world_size > 1
@@ -818,11 +818,12 @@ def train(config: TrainConfig, given: dict) -> int:
     record = open_log(out, config, step) if main_process else lambda entry: None
     train_tokens = sum(split.tokens)
     epochs = config.steps * batch_tokens / train_tokens
-    passes = batch_tokens // (size * T * process.world_size)
+    micro_batches = batch_tokens // (micro_batch_size * T * process.world_size)
     say(f"{'resumed' if checkpoint else 'started'} from {source or 'scratch'}")
     say(f"{gpt.parameter_count(model):,} parameters, {device.type}, {process.dtype}{', compiled' if compiled else ''}")
     say(f"{train_tokens:,} training tokens; {config.steps:,} updates of {batch_tokens:,}, or {epochs:,.2f} epochs")
-    say(f"an update: {passes} micro-batches x {process.world_size} ranks x {size} sequences x {T} tokens")
+    sizes = f"{process.world_size} ranks x {micro_batch_size} sequences x {T} tokens"
+    say(f"an update: {micro_batches} micro-batches x {sizes}")
 
     # What the loop does now and then
     sets = []
@@ -832,9 +833,6 @@ def train(config: TrainConfig, given: dict) -> int:
     flops_per_token = gpt.flops_per_token(replace(model.config, block_size=T))
     tokenizer_files = prep.tokenizer_files(tokenizer.name, model.config.block_size)
     stops = []  # signals that ask the run to stop
-
-    def load(step: int) -> Tensor:
-        return load_batch(split, config, size, process, step)
 
     def log_update(step: int, loss: float, lr: float, norm: float, dt: float) -> None:
         rate = batch_tokens / dt
@@ -881,6 +879,7 @@ def train(config: TrainConfig, given: dict) -> int:
 
     # The loop
     remaining = range(step + 1, config.steps + 1)
+    load = partial(load_batch, split, config, micro_batch_size, process)  # of a step
     batches = prep.in_background(load, remaining, ahead=1)
     catch_signals(stops)
     saved = step
