@@ -511,14 +511,14 @@ def read_tasks(name: str, path: Path, tokenizer: tiktoken.Encoding, most: int) -
     for number, line in enumerate(path.read_bytes().splitlines()[:most], start=1):
         with prep.reading(f"{path}, line {number},"):
             context, endings, label = parse_task(name, prep.read_object(line, "its JSON"))
-            # Not by the tokenizer itself, which cannot encode very long white space.
-            begin = prep.tokenize([context], tokenizer)[1:].tolist()
-            if not begin:
+            # prep.tokenize begins with <|endoftext|>, which is not part of a task.
+            context_tokens = prep.tokenize([context], tokenizer)[1:].tolist()
+            if not context_tokens:
                 raise ValueError("its context is empty")
             for ending in endings:
-                end = prep.tokenize([" " + ending], tokenizer)[1:].tolist()
-                rows.append(torch.tensor(begin + end))
-                counts.append(len(end))
+                ending_tokens = prep.tokenize([" " + ending], tokenizer)[1:].tolist()
+                rows.append(torch.tensor(context_tokens + ending_tokens))
+                counts.append(len(ending_tokens))
             labels.append(label)
     if not labels:
         raise ValueError(f"{path} contains no tasks")
