@@ -78,7 +78,7 @@ def read_prompts(args: Options) -> Iterator:
 def encode_prompt(prompt: str, tokenizer: tiktoken.Encoding, block_size: int) -> list[int]:
     """The last `block_size` tokens of a prompt, in which <|endoftext|> stands for the token; an empty prompt becomes
     that token."""
-    tokens = prep.tokenize(prompt.split("<|endoftext|>"), tokenizer).tolist()
+    tokens = prep.tokenize(prompt.split(prep.END_OF_TEXT), tokenizer).tolist()
     tokens = tokens[1:] or tokens  # tokenize() puts one <|endoftext|> before the first part
     if len(tokens) > block_size:
         prep.say(f"the prompt has {len(tokens):,} tokens; the last {block_size:,} are used", sys.stderr)

@@ -617,7 +617,7 @@ def sample_text(model: GPT, tokenizer: tiktoken.Encoding, seed: int, device: tor
     with gpt.evaluation_mode(model):
         steps = gpt.generate(model, prompt, 100, temperature=0.8, top_k=50, generator=generator, stop_token=end)
         tokens = torch.cat(list(steps)).tolist()
-    return tokenizer.decode(tokens).removesuffix("<|endoftext|>")
+    return tokenizer.decode(tokens).removesuffix(prep.END_OF_TEXT)
 
 
 # The run
