@@ -314,7 +314,7 @@ def check_same_shards(data: Path, shards: dict, saved: dict) -> None:
             continue  # the run does not evaluate now, or did not before
         if now == then:
             continue
-        # The same shard is identified otherwise if SHA256SUMS has been added or removed since.
+        # A shard is identified in the other way if SHA256SUMS has been added or removed since.
         shard = data / name
         if not now or then not in (f"{prep.read_header(shard)} tokens", prep.sha256_of(shard)):
             raise ValueError(f"{shard} is not what the run was trained on; resume with the original data")
