@@ -1352,7 +1352,7 @@ def test_demo_from_nothing_to_text() -> None:
     options = "--steps=12 --warmup-steps=2 --sample-every=12 --log-every=1 --eval-tokens=5000"
     said, _ = run(f"train.py --preset demo --device=cpu {options}")
     assert said.endswith("python sample.py --model=out/demo\n")
-    assert re.search(r"^step 12  loss [\d.]+  lr [\d.e-]+  norm [\d.]+  [\d,]+k? tok/s  0:00:00$", said, re.M)
+    assert re.search(r"^step 12  loss [\d.]+  lr [\d.e-]+  norm [\d.]+  [\d,]+k? tok/s  0:00:00 left$", said, re.M)
     first, *_, last = logged("out/demo")
     assert last + 1 < first == pytest.approx(math.log(257), rel=0.03)
     _, told = run("sample.py --max-new-tokens=50 --device=cpu")

@@ -849,7 +849,8 @@ def train(config: TrainConfig, given: dict) -> int:
             entry["mfu"] = rate * flops_per_token / (peak_flops * process.world_size)
             line += f"  mfu {entry['mfu']:.0%}"
         record(entry)
-        say(f"{line}  {timedelta(seconds=int((config.steps - step) * dt))}")
+        remaining_seconds = int((config.steps - step) * dt)
+        say(f"{line}  {timedelta(seconds=remaining_seconds)} left")
 
     def log_evaluation(step: int) -> bool:
         """Evaluate on all ranks, and log. Returns True, and logs nothing, if a signal on any rank ended it."""
