@@ -119,8 +119,8 @@ PRESETS = {"gpt2": TrainConfig(), "book": BOOK, "demo": replace(BOOK, data="data
 
 def parse_args(parser: argparse.ArgumentParser, argv: list[str] | None) -> tuple[TrainConfig, dict]:
     """Parse the command line. Returns all settings, and the ones given explicitly, to which --out is added."""
-    add = parser.add_argument
-    add("--preset", default="gpt2", choices=PRESETS, help="settings to start from; other options override them")
+    help = "settings to start from; other options override them"
+    parser.add_argument("--preset", default="gpt2", choices=PRESETS, help=help)
     given = vars(parser.parse_args(argv))
     config = replace(PRESETS[given.pop("preset")], **given)
     name = Path(config.data).resolve().name
