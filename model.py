@@ -206,9 +206,9 @@ class GPT(nn.Module):
         weight = self.transformer.wte.weight
         bias = torch.zeros(len(weight), device=x.device)
         bias[self.config.vocab_size :] = -math.inf  # keeps the padding rows out of the softmax
-        # The logits of a micro-batch are the largest tensor of all. In eager float32 on a CPU, those of only 512 tokens
-        # exist at a time. Compiled, the plain form is fused and just as good; in half precision, parts would round the
-        # loss.
+        # The logits of a micro-batch are the largest tensor of all. In eager float32 on a CPU, they are computed for
+        # 512 tokens at a time. Compiled, the plain form is fused and needs no chunks; in half precision, chunks would
+        # round the loss.
         options = None
         if x.is_cpu and not torch.compiler.is_compiling() and not torch.is_autocast_enabled("cpu"):
             options = nn.LinearCrossEntropyOptions(chunking_method=None, batch_chunk_size=512)
@@ -276,9 +276,9 @@ def parameter_count(model: GPT) -> int:
     return sum(p.numel() for p in model.parameters()) - padding * model.config.n_embd
 
 
-def flops_per_token(config: GPTConfig) -> float:
-    """Floating-point operations of a training step per token, as appendix B of PaLM counts them (Chowdhery et al.,
-    2022): 6 per weight of a matrix product, and attention over the full context, the masked half included."""
+def flops_per_token(config: GPTConfig) -> int:
+    """Floating-point operations of a training step per token, as in appendix B of the PaLM paper (Chowdhery et al.,
+    2022): 6 per weight of a matrix product, plus attention over the full context, including the masked half."""
     weights = 12 * config.n_layer * config.n_embd**2 + config.vocab_size * config.n_embd
     return 6 * weights + 12 * config.n_layer * config.n_embd * config.block_size
 
@@ -355,7 +355,7 @@ PEAK_FLOPS = {
 }
 
 
-# A model is a directory
+# Model directories
 
 TRANSPOSED = ("c_attn.weight", "c_fc.weight", "c_proj.weight")  # (in, out) in files
 # What a config.json may say besides the sizes. Any other value would mean a computation other than GPT-2's.
@@ -410,6 +410,7 @@ def read_config(directory: str | Path) -> tuple[GPTConfig, str]:
     ValueError when config.json is damaged or asks for a computation other than GPT-2's."""
     path = Path(directory) / "config.json"
     try:
+        # Unlike the other settings, the model type has no default.
         settings = {"model_type": None} | json.loads(path.read_text(encoding="utf-8"))
         config = GPTConfig(
             block_size=settings["n_positions"],
