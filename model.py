@@ -11,13 +11,13 @@ release. A model is a directory in the layout that the Hugging Face hub uses for
 In shape comments: B sequences of T tokens, C = n_embd channels, nh heads of size hs = C / nh.
 """
 
+import functools
 import json
 import math
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cache
 from pathlib import Path
 
 import torch
@@ -67,7 +67,7 @@ MODEL_SIZES = {
 LAYER_NORM_EPS = 1e-5
 
 
-@cache
+@functools.cache
 def is_intel_cpu() -> bool:
     return "Intel" in torch.cpu.get_capabilities().get("cpu_name", "")
 
