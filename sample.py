@@ -60,7 +60,7 @@ def stream_decoder(tokenizer: tiktoken.Encoding) -> Callable:
 def read_prompts(args: Options) -> Iterator:
     """The prompt, from the command line or standard input; with --interactive, each line of standard input."""
     if args.interactive or args.prompt == "-":
-        # A byte-order mark is no text, all line ends become a line feed, and a bad byte does not end a session.
+        # Skip a byte-order mark, read every line ending as \n, and let no bad byte end an interactive session.
         errors = "replace" if args.interactive else "strict"
         sys.stdin.reconfigure(encoding="utf-8-sig", errors=errors, newline=None)
     if args.interactive:
@@ -76,10 +76,9 @@ def read_prompts(args: Options) -> Iterator:
 
 
 def encode_prompt(prompt: str, tokenizer: tiktoken.Encoding, block_size: int) -> list[int]:
-    """The last `block_size` tokens of a prompt, in which <|endoftext|> stands for the token; an empty prompt becomes
-    that token."""
+    """The last `block_size` tokens of a prompt. <|endoftext|> in it becomes that token, and so does an empty prompt."""
     tokens = prep.tokenize(prompt.split(prep.END_OF_TEXT), tokenizer).tolist()
-    tokens = tokens[1:] or tokens  # tokenize() puts one <|endoftext|> before the first part
+    tokens = tokens[1:] or tokens  # tokenize() puts <|endoftext|> before each part
     if len(tokens) > block_size:
         prep.say(f"the prompt has {len(tokens):,} tokens; the last {block_size:,} are used", sys.stderr)
     return tokens[-block_size:]
@@ -89,11 +88,11 @@ def print_samples(
     model: gpt.GPT, tokenizer: tiktoken.Encoding, prompt: str, args: Options, generator: torch.Generator
 ) -> None:
     """Print the first sample as it is generated, then the others, each below a line of dashes."""
-    tokens = encode_prompt(prompt, tokenizer, model.config.block_size)
+    prompt_tokens = encode_prompt(prompt, tokenizer, model.config.block_size)
     began = time.perf_counter()
-    steps = gpt.generate(
+    generated = gpt.generate(
         model,
-        torch.tensor([tokens] * args.num_samples, device=generator.device),
+        torch.tensor([prompt_tokens] * args.num_samples, device=generator.device),
         args.max_new_tokens,
         temperature=args.temperature,
         top_k=args.top_k,
@@ -101,19 +100,20 @@ def print_samples(
         generator=generator,
         stop_token=tokenizer.eot_token,
     )
-    drawn = []
+    columns = []  # per step, the next token of every sample
     decode = stream_decoder(tokenizer)
     print(prompt, end="", flush=True)
-    for step in steps:
-        drawn.append(step.tolist())
-        print(decode(drawn[-1][0]), end="", flush=True)
+    for tokens in generated:
+        columns.append(tokens.tolist())
+        print(decode(columns[-1][0]), end="", flush=True)
     print(decode(tokenizer.eot_token))
-    _, *others = zip(*drawn, strict=True)
+    seconds = time.perf_counter() - began
+    _, *others = zip(*columns, strict=True)
     for other in others:
         text = "".join(map(decode, (*other, tokenizer.eot_token)))
         print("-" * 80, prompt + text, sep="\n")
-    count = len(drawn) * args.num_samples
-    print(f"{count} tokens, {count / (time.perf_counter() - began):.1f} tokens/s", file=sys.stderr)
+    count = len(columns) * args.num_samples
+    print(f"{count} tokens, {count / seconds:.1f} tokens/s", file=sys.stderr)
 
 
 def sample(args: Options) -> None:
