@@ -127,8 +127,9 @@ def sample(args: Options) -> None:
     prep.say(f"{directory}: {gpt.parameter_count(model):,} parameters, {device}", sys.stderr)
     generator = torch.Generator(device).manual_seed(args.seed)
     try:
-        for prompt in read_prompts(args):
-            print_samples(model, tokenizer, prompt, args, generator)
+        with gpt.evaluation_mode(model):
+            for prompt in read_prompts(args):
+                print_samples(model, tokenizer, prompt, args, generator)
     except UnicodeError as error:
         raise ValueError("the prompt is not UTF-8") from error
 
@@ -136,7 +137,6 @@ def sample(args: Options) -> None:
 def main(argv: list | None = None) -> None:
     parser = prep.new_parser(__doc__, Options)
     args = Options(**vars(parser.parse_args(argv)))
-    torch.backends.cuda.enable_cudnn_sdp(False)  # cuDNN makes a new plan for every length
     with prep.one_line_errors("sample.py", "use fewer --num-samples, or a smaller --model"):
         sample(args)
 
