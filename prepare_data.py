@@ -956,7 +956,7 @@ class Options:
     source: str = option("", "what to prepare (default: fineweb-edu, evaluation sets)", choices=SOURCES)
     input: tuple = option((), "your own text: .txt, .jsonl, .jsonl.gz, .parquet")
     subset: str = option("sample-10BT", "sample or dump of FineWeb")
-    out: str = option("", "output directory (default: data/NAME); without --source, of FineWeb-Edu")
+    out: str = option("", "directory to write to (default: data/NAME); without --source, FineWeb-Edu alone")
     tokenizer: str = option("", "tokenizer (default: gpt2; byte for the demo)", choices=VOCAB_SIZES)
     shard_tokens: int = option(10**8, "tokens in a shard", 1)
     val_tokens: int = option(0, "validation tokens (default: a tenth, at most 1M; FineWeb: 100M)", 1, 10**15)
@@ -1010,9 +1010,13 @@ def main(argv: list | None = None) -> None:
     args = Options(**vars(parser.parse_args(argv)))
     if args.source and args.input:
         parser.error("--source and --input exclude each other")
-    sources = [args.source] if args.input or args.source else [*EVALUATION_SETS, "fineweb-edu"]
+    sources = [*EVALUATION_SETS, "fineweb-edu"]
+    if args.input or args.source:
+        sources = [args.source]
+    elif args.out:
+        sources = ["fineweb-edu"]  # each set would need a directory of its own
     with one_line_errors("prepare_data.py", "use fewer --workers"):
-        for source in sources[-1:] if args.out else sources:
+        for source in sources:
             prepare_source(source, args)
 
 
