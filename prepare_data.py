@@ -59,8 +59,8 @@ GPT2_PATTERN = r"(?:'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s
 
 @cache
 def get_tokenizer(name: str, thread: int = 0) -> tiktoken.Encoding:
-    """The tokenizer "gpt2", fetched once, or "byte": the 256 byte values and <|endoftext|>. Threads that shared one
-    would wait for its scratch memory, so each asks for its own. Raises OSError."""
+    """The tokenizer "gpt2", fetched once, or "byte": the 256 byte values and <|endoftext|>. Each thread asks for its
+    own, since threads that shared one would wait for its scratch memory. Raises OSError if it cannot be fetched."""
     pattern = r"(?s:.{1,512})"
     ranks = {bytes([byte]): byte for byte in range(256)}
     if name == "gpt2":
@@ -86,11 +86,11 @@ def tokenizer_files(name: str, block_size: int) -> dict:
     """The files of a tokenizer by name, as transformers reads them."""
     config = {"tokenizer_class": "GPT2Tokenizer", "model_max_length": block_size}
     if name == "gpt2":
-        # OpenAI's own, in tiktoken's cache since get_tokenizer()
+        # OpenAI's own files, which get_tokenizer() has put in tiktoken's cache.
         vocab = read_file_cached(f"{GPT2_ENCODING}/encoder.json")
         merges = read_file_cached(f"{GPT2_ENCODING}/vocab.bpe")
     else:
-        # GPT-2 spells bytes as characters: printable ones as in Latin-1, the others from chr(256) on.
+        # GPT-2 writes each byte as a character: printable ones as in Latin-1, the others from chr(256) on.
         others = [*range(33), *range(127, 161), 173]
         characters = [chr(byte) for byte in range(256)]
         for i, byte in enumerate(others):
@@ -145,8 +145,8 @@ READERS = {".txt": read_txt, ".jsonl": read_jsonl, ".gz": read_jsonl, ".parquet"
 
 
 def read_batches(path: Path) -> Iterator:
-    """The non-empty documents of a file, in batches of at least BATCH_CHARACTERS (but the last). Raises ValueError,
-    naming the line, for a damaged, non-Unicode or oversized one."""
+    """The non-empty documents of a file, in batches of at least BATCH_CHARACTERS (except the last). Raises ValueError,
+    naming the line, for a damaged, non-Unicode or oversized document."""
     batch = []
     length = 0
     line = 1
@@ -175,9 +175,9 @@ def read_batches(path: Path) -> Iterator:
 
 
 def cut_white_space(text: str) -> list[str]:
-    """Cut a text into parts that together have its tokens. tiktoken's regular expression overflows its stack on a few
-    hundred thousand spaces in a row, so each long run is cut before its last character, where GPT-2's pattern splits
-    anyway; a run that ends the text is left whole, since the pattern does not split it."""
+    """Cut a text into parts whose tokens, put together, are the tokens of the text. tiktoken's regular expression
+    overflows its stack on a few hundred thousand spaces in a row, so each long run is cut before its last character,
+    where GPT-2's pattern splits anyway. A run that ends the text is left whole, since the pattern does not split it."""
     # \x1c to \x1f are white space to Python, but not to Rust.
     spaces = re.compile(r"[^\S\x1c-\x1f]*")
     cuts = [0]
@@ -192,7 +192,7 @@ def cut_white_space(text: str) -> list[str]:
 
 
 def tokenize(texts: list[str], tokenizer: tiktoken.Encoding) -> np.ndarray:
-    """The tokens of documents, (n,) uint16: before each document <|endoftext|>, which inside one is ordinary text."""
+    """The tokens of documents, (n,) uint16. <|endoftext|> precedes each document; inside one it is ordinary text."""
     pieces = [[]]
     for text in texts:
         pieces.append([tokenizer.eot_token])
@@ -215,8 +215,8 @@ class RawFile(NamedTuple):
 
 
 def get(url: str, first: int = 0) -> requests.Response:
-    """Request a page, or a file from byte `first` on; only the hub is sent HF_TOKEN. Raises RequestException,
-    also for an HF_ENDPOINT that is not an address or contains a password, which it does not quote."""
+    """Request a page, or a file from byte `first` on; HF_TOKEN is sent to the hub alone. Raises RequestException, also
+    for an HF_ENDPOINT that is no address or contains a password (the message does not repeat it)."""
     hub = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
     if not re.fullmatch(r"https?://[^/@\s]+(/[^@\s]*)?", hub):
         raise requests.HTTPError("HF_ENDPOINT must be an address, without a password")
@@ -279,7 +279,7 @@ def list_hub(repository: str, folder: str = "") -> list:
 
 
 def receive(file: RawFile, out: BinaryIO) -> None:
-    """Append what `out` lacks; a server that ignores ranges sends the whole file again."""
+    """Append to `out` what it lacks; if the server ignores ranges, start again from the first byte."""
     with get(file.url, out.tell()) as response:
         if response.status_code != 206:
             out.truncate(0)
@@ -467,7 +467,7 @@ START = [0, 0, 0]  # a position in a corpus: a file, a batch of documents in it,
 
 
 def local_file(path: Path) -> RawFile:
-    """A file of the user's. Raises FileNotFoundError or ValueError for one that cannot be read as text."""
+    """One of the user's own files. Raises FileNotFoundError if it is missing, ValueError for an unknown format."""
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist, or is not a file")
     if path.suffix.lower() not in READERS:
@@ -572,15 +572,15 @@ def open_meta(settings: dict, files: list, out: Path) -> dict:
 
 
 def check_unchanged(files: list) -> None:
-    """Raise ValueError if a file of the user's has changed since its sha256 was taken. Checked after a shard's text is
-    read and before it is written, so that no shard is of another text than the first."""
+    """Raise ValueError if one of the user's files has changed since its sha256 was taken. This is called after a
+    shard's text is read and before the shard is written, so that all shards are made from the same text."""
     for file in files:
         if file.changed and os.stat(file.name).st_ctime_ns != file.changed:
             raise ValueError(f"{file.name} has changed since the start; restore it, or use another --out")
 
 
 def choose_val_tokens(batches: Iterator, meta: dict) -> Iterator:
-    """Set meta["val_tokens"] to a tenth of the first 10M tokens. Returns the same batches, some of them read ahead."""
+    """Set meta["val_tokens"] to a tenth of the corpus, at most 1M. Returns the same batches, some read ahead."""
     most = min(meta["max_tokens"] or sys.maxsize, 10**7)
     sample = 0
     ahead = []
@@ -670,8 +670,8 @@ def checkpoints(run: Path) -> list[Path]:
 
 
 def newest_checkpoint(run: Path) -> Path | None:
-    """A run's newest intact checkpoint, or None if it has no checkpoint; a warning says what is wrong with each one
-    skipped. Raises FileNotFoundError if all are damaged."""
+    """A run's newest intact checkpoint, or None if it has no checkpoint. Damaged ones are skipped, with a warning.
+    Raises FileNotFoundError if all are damaged."""
     found = checkpoints(run)
     for checkpoint in reversed(found):
         try:
@@ -990,7 +990,7 @@ def prepare_source(source: str, args: Options) -> None:
             settings["val_tokens"] = args.val_tokens
         elif source in HUB_DATASETS:
             settings["val_tokens"] = max(1, min(args.max_tokens or sys.maxsize, 10**9) // 10)
-        # Each has a tokenizer of its own, of 10 MB.
+        # At most one per core: each has a tokenizer of its own, of 10 MB.
         workers = min(args.workers or 1024, os.cpu_count())
         meta = prepare(settings, files, out, workers)
     train_tokens = meta["train"]["tokens"]
