@@ -25,7 +25,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
-from functools import lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -511,7 +511,8 @@ def read_tasks(name: str, path: Path, tokenizer: tiktoken.Encoding, most: int) -
     for number, line in enumerate(path.read_bytes().splitlines()[:most], start=1):
         with prep.reading(f"{path}, line {number},"):
             context, endings, label = parse_task(name, prep.read_object(line, "its JSON"))
-            # prep.tokenize begins with <|endoftext|>, which is not part of a task.
+            # prep.tokenize can encode any white space, and begins with <|endoftext|>, which is not
+            # part of a task.
             context_tokens = prep.tokenize([context], tokenizer)[1:].tolist()
             if not context_tokens:
                 raise ValueError("its context is empty")
@@ -834,6 +835,9 @@ def train(config: TrainConfig, given: dict) -> int:
     tokenizer_files = prep.tokenizer_files(tokenizer.name, model.config.block_size)
     stops = []  # signals that ask the run to stop
 
+    def load(step: int) -> Tensor:
+        return load_batch(split, config, micro_batch_size, process, step)
+
     def log_update(step: int, loss: float, lr: float, norm: float, dt: float) -> None:
         rate = batch_tokens / dt
         entry = {
@@ -880,7 +884,6 @@ def train(config: TrainConfig, given: dict) -> int:
 
     # The loop
     remaining = range(step + 1, config.steps + 1)
-    load = partial(load_batch, split, config, micro_batch_size, process)  # of a step
     batches = prep.in_background(load, remaining, ahead=1)
     catch_signals(stops)
     saved = step
