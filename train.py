@@ -466,16 +466,6 @@ def open_log(out: Path, config: TrainConfig, step: int) -> Callable[[dict], None
     return record
 
 
-def describe_metrics(metrics: dict) -> str:
-    """The metrics of an evaluation for the terminal, one per line, with their standard errors."""
-    lines = []
-    for name, value in metrics.items():
-        if value is not None and not name.endswith("_se"):
-            error = metrics.get(f"{name}_se")
-            lines.append(f"  {name:20} {value:10.4f}" + (f" ± {error:.4f}" if error else ""))
-    return "\n".join(lines)
-
-
 # Evaluation
 
 
@@ -484,20 +474,8 @@ class EvalSet(NamedTuple):
 
     name: str
     rows: Sequence[Tensor]  # of int64
-    counts: np.ndarray  # (rows,) int64: how many tokens at the end of each are scored
-    labels: np.ndarray | None = None  # (tasks,) int64: the right ending
+    counts: list[int]  # how many tokens at the end of each row are scored
     text_bytes: int = 0  # of the scored tokens, in UTF-8; 0 for tasks
-
-
-def parse_task(name: str, task: dict) -> tuple[str, list[str], int]:
-    """A task's context, its endings, and which of them is right. LAMBADA's only ending is the last word."""
-    if name == "lambada":
-        context, word = task["text"].rsplit(" ", 1)
-        return context, [word], 0
-    label = int(task["label"])
-    if len(task["endings"]) != 4 or not 0 <= label < 4:
-        raise ValueError("it needs four endings and the number of the right one")
-    return task["ctx"], task["endings"], label
 
 
 def read_tasks(name: str, path: Path, tokenizer: tiktoken.Encoding, most: int) -> EvalSet:
@@ -507,22 +485,29 @@ def read_tasks(name: str, path: Path, tokenizer: tiktoken.Encoding, most: int) -
         prep.check_checksums(path.parent, [path.name])
     rows = []
     counts = []
-    labels = []
     for number, line in enumerate(path.read_bytes().splitlines()[:most], start=1):
         with prep.reading(f"{path}, line {number},"):
-            context, endings, label = parse_task(name, prep.read_object(line, "its JSON"))
-            # Not by the tokenizer itself, which cannot encode very long white space.
-            begin = prep.tokenize([context], tokenizer)[1:].tolist()
+            task = prep.read_object(line, "its JSON")
+            if name == "lambada":  # the last word is the only ending
+                context, word = task["text"].rsplit(" ", 1)
+                endings = [word]
+            else:
+                context = task["ctx"]
+                endings = task["endings"]
+                label = int(task["label"])
+                if len(endings) != 4 or not 0 <= label < 4:
+                    raise ValueError("it needs four endings and the number of the right one")
+                endings.append(endings.pop(label))  # the right one comes last
+            begin = tokenizer.encode_ordinary(context)
             if not begin:
                 raise ValueError("its context is empty")
             for ending in endings:
-                end = prep.tokenize([" " + ending], tokenizer)[1:].tolist()
+                end = tokenizer.encode_ordinary(" " + ending)
                 rows.append(torch.tensor(begin + end))
                 counts.append(len(end))
-            labels.append(label)
-    if not labels:
+    if not rows:
         raise ValueError(f"{path} contains no tasks")
-    return EvalSet(name, rows, np.array(counts), np.array(labels))
+    return EvalSet(name, rows, counts)
 
 
 def open_evaluation(config: TrainConfig, split: Split, tokenizer: tiktoken.Encoding, block_size: int) -> list[EvalSet]:
@@ -531,20 +516,20 @@ def open_evaluation(config: TrainConfig, split: Split, tokenizer: tiktoken.Encod
     count = min(max(1, config.eval_tokens // T), split.sequences)
     rows = prep.read_sequences(split, np.arange(count))
     text_bytes = int(prep.token_bytes(tokenizer)[rows[:, 1:]].sum(dtype=np.int64))
-    sets = [EvalSet("val", torch.from_numpy(rows), np.full(count, T), text_bytes=text_bytes)]
+    sets = [EvalSet("val", torch.from_numpy(rows), [T] * count, text_bytes)]
     for name in prep.EVALUATION_SETS:
         path = Path(config.data).parent / name / prep.FILES[name].name
         if not config.eval_tasks or not path.exists():
             continue
         tasks = read_tasks(name, path, tokenizer, config.eval_tasks)
-        if tasks.counts.max() <= block_size:
+        if max(tasks.counts) <= block_size:
             sets.append(tasks)
         else:
             say(f"{name} is left out: an ending is longer than the model's context", sys.stderr)
     return sets
 
 
-def score_rows(model: GPT, data: EvalSet, process: Process, stops: Sequence[int]) -> np.ndarray | None:
+def score_rows(model: GPT, data: EvalSet, process: Process, stops: Sequence[int]) -> Tensor | None:
     """`GPT.score` of all rows, (2, rows) float64, on all ranks; None once any rank has caught a signal. Rows longer
     than the context lose their beginning. The model must not be compiled, since lengths vary."""
     device = process.device
@@ -563,50 +548,51 @@ def score_rows(model: GPT, data: EvalSet, process: Process, stops: Sequence[int]
         start = done + process.rank * size  # the ranks take turns
         share = order[start : start + size]
         if share:
-            tokens, targets = gpt.pad([rows[i] for i in share], data.counts[share])
+            tokens, targets = gpt.pad([rows[i] for i in share], [data.counts[i] for i in share])
             with gpt.evaluation_mode(model), process.autocast:
                 scores[:, share] = model.score(tokens.to(device), targets.to(device))
         done += process.world_size * size
-    return all_reduce(scores).numpy()
+    return all_reduce(scores)
 
 
-def summarize(data: EvalSet, nats: np.ndarray, hits: np.ndarray) -> dict:
-    """The metrics of a set, from each row's summed loss and how many of its targets were the most likely token;
-    `..._se` is a standard error over sequences or tasks. "val_loss" is in nats per token. "hellaswag_acc" is how often
-    the right ending has the lowest summed loss, "hellaswag_acc_norm" the lowest loss per token. "lambada_acc" is how
-    often every token of the last word is the most likely; its perplexity is per word."""
-    averaged = {}
-    others = {}
+def measure(data: EvalSet, nats: Tensor, hits: Tensor) -> dict[str, Tensor]:
+    """The metrics of a set, as a value of each sequence or task where there is one, from each row's summed loss and how
+    many of its targets were the most likely token. "val_loss" is in nats per token. "lambada_acc" is how often every
+    token of the last word is the most likely; its perplexity is per word. "hellaswag_acc" is how often the right ending
+    has the lowest summed loss, "hellaswag_acc_norm" the lowest loss per token."""
+    counts = torch.tensor(data.counts)
+    losses = nats / counts
     if data.name == "val":
-        averaged["val_loss"] = nats / data.counts
-        others["val_perplexity"] = np.exp(averaged["val_loss"].mean())
-        others["val_bits_per_byte"] = nats.sum() / math.log(2) / max(1, data.text_bytes)
-    elif data.name == "lambada":
-        averaged["lambada_acc"] = hits == data.counts
-        others["lambada_perplexity"] = np.exp(nats.mean())
-    else:
-        nats = nats.reshape(-1, 4)
-        counts = data.counts.reshape(-1, 4)
-        averaged["hellaswag_acc"] = nats.argmin(axis=1) == data.labels
-        averaged["hellaswag_acc_norm"] = (nats / counts).argmin(axis=1) == data.labels
-    metrics = {}
-    for metric, values in averaged.items():
-        error = values.std(ddof=1) / math.sqrt(len(values)) if len(values) > 1 else math.nan
-        metrics[metric] = values.mean()
-        metrics[f"{metric}_se"] = error
-    return metrics | others
+        bits = nats.sum() / math.log(2)
+        perplexity = losses.mean().exp()
+        return {"val_loss": losses, "val_perplexity": perplexity, "val_bits_per_byte": bits / data.text_bytes}
+    if data.name == "lambada":
+        return {"lambada_acc": hits == counts, "lambada_perplexity": nats.mean().exp()}
+    lowest = nats.view(-1, 4).argmin(dim=1)
+    lowest_norm = losses.view(-1, 4).argmin(dim=1)
+    return {"hellaswag_acc": lowest == 3, "hellaswag_acc_norm": lowest_norm == 3}
 
 
 def evaluate(model: GPT, sets: list[EvalSet], process: Process, stops: Sequence[int] = ()) -> dict | None:
-    """The metrics of all sets (a metric that is not finite is None), the same on all ranks; each rank scores its share.
-    Returns None, within a batch, once any rank has caught a signal."""
+    """Print and return the metrics of all sets (None for one that is not finite), the same on all ranks, of which each
+    scores its share; `..._se` is a standard error over sequences or tasks. Returns None, within a batch, once any rank
+    has caught a signal."""
     metrics = {}
     for data in sets:
         scores = score_rows(model, data, process, stops)
         if scores is None:
             return None
-        metrics |= summarize(data, *scores)
-    return {name: float(value) if np.isfinite(value) else None for name, value in metrics.items()}
+        for name, values in measure(data, *scores).items():
+            values = values.double()
+            metrics[name] = values.mean()
+            line = f"  {name:20} {metrics[name]:10.4f}"
+            if values.dim() > 0:
+                # var(correction=1) would warn of a single value, whose error is NaN.
+                error = (values.var(correction=0) / (len(values) - 1)).sqrt()
+                metrics[f"{name}_se"] = error
+                line += f" ± {error:.4f}"
+            say(line)
+    return {name: value.item() if value.isfinite() else None for name, value in metrics.items()}
 
 
 def sample_text(model: GPT, tokenizer: tiktoken.Encoding, seed: int, device: torch.device) -> str:
@@ -741,8 +727,8 @@ def evaluate_only(config: TrainConfig, given: dict) -> int:
     process = start_process(config)
     model.to(process.device)
     sets = open_evaluation(config, split, tokenizer, model.config.block_size)
-    metrics = evaluate(model, sets, process)  # on all ranks
-    say(f"evaluation of {source}\n{describe_metrics(metrics)}")
+    say(f"evaluation of {source}")
+    metrics = evaluate(model, sets, process)
     say(json.dumps({"evaluated": str(source)} | metrics))
     return 0
 
@@ -855,12 +841,11 @@ def train(config: TrainConfig, given: dict) -> int:
 
     def log_evaluation(step: int) -> bool:
         """Evaluate on all ranks, and log. Returns True, and logs nothing, if a signal on any rank ended it."""
+        say(f"step {step}  evaluation")
         metrics = evaluate(model, sets, process, stops)
-        if metrics is None:
-            return True
-        record({"step": step, "seconds": seconds} | metrics)
-        say(f"step {step}  evaluation\n{describe_metrics(metrics)}")
-        return False
+        if metrics is not None:
+            record({"step": step, "seconds": seconds} | metrics)
+        return metrics is None
 
     def save(step: int) -> int:
         """Write a checkpoint, with the help of all ranks, and return its step."""
