@@ -11,7 +11,6 @@ The batch of an update depends only on the seed and the step: resumed on a diffe
 dropout is still the same run.
 """
 
-import argparse
 import json
 import math
 import os
@@ -117,19 +116,6 @@ BOOK = TrainConfig(  # for a single book: a few minutes on a laptop
 PRESETS = {"gpt2": TrainConfig(), "book": BOOK, "demo": replace(BOOK, data="data/demo", steps=1400)}
 
 
-def parse_args(parser: argparse.ArgumentParser, argv: list[str] | None) -> tuple[TrainConfig, dict]:
-    """Parse the command line. Returns all settings, and the ones given explicitly, to which --out is added."""
-    add = parser.add_argument
-    add("--preset", default="gpt2", choices=PRESETS, help="settings to start from; other options override them")
-    given = vars(parser.parse_args(argv))
-    config = replace(PRESETS[given.pop("preset")], **given)
-    name = Path(config.data).resolve().name
-    if config.eval_only and "data" not in given:
-        name = ""  # the newest of all runs, as in sample.py
-    given["out"] = config.out or str(Path("out") / name)
-    return replace(config, **given), given
-
-
 def check_config(config: TrainConfig) -> None:
     """Raise ValueError for settings that contradict each other, or a batch that cannot be divided as asked."""
     if config.min_lr > config.max_lr:
@@ -142,6 +128,26 @@ def check_config(config: TrainConfig) -> None:
     if total % pass_tokens:
         problem = f"--total-batch-tokens {total} must be a multiple of {pass_tokens}"
         raise ValueError(f"{problem} (a micro-batch on every device)")
+
+
+def parse_args(argv: list[str] | None) -> tuple[TrainConfig, dict]:
+    """Parse the command line. Returns all settings, and the ones given explicitly, to which --out is added."""
+    parser = prep.new_parser(__doc__, TrainConfig)
+    preset_help = "settings to start from; other options override them"
+    parser.add_argument("--preset", default="gpt2", choices=PRESETS, help=preset_help)
+    given = vars(parser.parse_args(argv))
+    config = replace(PRESETS[given.pop("preset")], **given)
+    name = Path(config.data).resolve().name
+    if config.eval_only and "data" not in given:
+        name = ""  # the newest of all runs, as in sample.py
+    given["out"] = config.out or str(Path("out") / name)
+    config = replace(config, **given)
+    if not (config.resume or config.eval_only):  # else a checkpoint has most of the settings
+        try:
+            check_config(config)
+        except ValueError as error:
+            parser.error(str(error))
+    return config, given
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:
@@ -240,14 +246,23 @@ def join_processes(rank: int, world_size: int, device: torch.device) -> None:
         raise OSError(f"cannot join the other processes: {problem}; {advice}") from error
 
 
-def all_reduce(value: Tensor, how: dist.ReduceOp = dist.ReduceOp.SUM) -> Tensor:
-    """Sum (or minimum) over all ranks, as float64 on the CPU. Waits for the device."""
+def all_reduce(value: Tensor) -> Tensor:
+    """The sum over all ranks, as float64 on the CPU. Waits for the device."""
     if not value.is_cuda:
         value = value.cpu()  # gloo supports no other device, and MPS no float64
     value = value.double()
     if dist.is_initialized():
-        dist.all_reduce(value, how)
+        dist.all_reduce(value)
     return value.cpu()
+
+
+def gather(value: Any) -> list:
+    """What each rank has, by rank. Waits for all ranks."""
+    if not dist.is_initialized():
+        return [value]
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
 
 
 def catch_signals(stops: list[int]) -> None:
@@ -278,21 +293,13 @@ def epoch_order(sequences: int, seed: int, epoch: int) -> np.ndarray:
 def batch_indices(split: Split, config: TrainConfig, step: int) -> np.ndarray:
     """The indices of update `step`'s sequences: (total_batch_tokens / T,) int64, whatever the number of devices."""
     batch_size = config.total_batch_tokens // config.sequence_length
-    position = (step - 1) * batch_size  # in the sequences of all epochs
-    indices = []
-    while len(indices) < batch_size:
-        epoch, start = divmod(position + len(indices), split.sequences)
-        missing = batch_size - len(indices)
-        indices.extend(epoch_order(split.sequences, config.seed, epoch)[start : start + missing])
-    return np.array(indices)
-
-
-def load_batch(split: Split, config: TrainConfig, size: int, process: Process, step: int) -> Tensor:
-    """This rank's part of a batch: (micro-batches, micro-batch size, T + 1) int64 on the CPU."""
-    indices = batch_indices(split, config, step)
-    indices = indices.reshape(-1, process.world_size, size)[:, process.rank]
-    sequences = prep.read_sequences(split, indices.ravel())
-    return torch.from_numpy(sequences.reshape(*indices.shape, -1))
+    positions = np.arange(batch_size) + (step - 1) * batch_size  # in the sequences of all epochs
+    epochs, places = np.divmod(positions, split.sequences)
+    parts = []
+    for epoch in np.unique(epochs):
+        order = epoch_order(split.sequences, config.seed, epoch)
+        parts.append(order[places[epochs == epoch]])
+    return np.concatenate(parts)
 
 
 def identify_shards(data: Path, splits: list[Split | None]) -> dict:
@@ -635,17 +642,6 @@ def build_model(config: TrainConfig, source: Path | None, tokenizer: tiktoken.En
     return gpt.load_model(source, config.dropout, tokenizer.n_vocab)
 
 
-def check_ranks_agree(config: TrainConfig, step: int, shards: dict) -> None:
-    """Raise FileNotFoundError if the ranks see different checkpoints or different data. Waits for all ranks."""
-    if not dist.is_initialized():
-        return
-    seen = [None] * dist.get_world_size()
-    dist.all_gather_object(seen, (step, shards))
-    if seen.count(seen[0]) < len(seen):
-        problem = f"the ranks see different files in {config.out} or {config.data}"
-        raise FileNotFoundError(f"{problem}; put the first on a shared disk, and the same data on each machine")
-
-
 def pass_over_zeros(runner: Any, size: int, T: int, process: Process, sync: bool) -> None:
     """A forward and a backward pass, in which the model is compiled and, with `sync`, gradients are exchanged. Raises
     OSError if it cannot be compiled."""
@@ -682,7 +678,7 @@ def find_micro_batch_size(config: TrainConfig, model: GPT, runner: Any, process:
     size = min(share, max(1, most // T))
     while size > 1 and (share % size or (on_gpu and not fits(model, runner, size, T, process))):
         size -= 1
-    return int(all_reduce(torch.tensor(size, device=process.device), dist.ReduceOp.MIN))
+    return min(gather(size))
 
 
 def fits(model: GPT, runner: Any, size: int, T: int, process: Process) -> bool:
@@ -773,7 +769,9 @@ def train(config: TrainConfig, given: dict) -> int:
     process = start_process(config)
     device = process.device
     main_process = process.rank == 0
-    check_ranks_agree(config, step, shards)
+    if any(seen != (step, shards) for seen in gather((step, shards))):
+        problem = f"the ranks see different files in {out} or {data}"
+        raise FileNotFoundError(f"{problem}; put the first on a shared disk, and the same data on each machine")
     model.to(device).train()
     compiled = config.compile
     if compiled is None:
@@ -820,7 +818,11 @@ def train(config: TrainConfig, given: dict) -> int:
     stops = []  # signals that ask the run to stop
 
     def load(step: int) -> Tensor:
-        return load_batch(split, config, size, process, step)
+        """This rank's part of a batch: (micro-batches, micro-batch size, T + 1) int64 on the CPU."""
+        indices = batch_indices(split, config, step)
+        indices = indices.reshape(passes, process.world_size, size)[:, process.rank]
+        sequences = prep.read_sequences(split, indices.ravel())
+        return torch.from_numpy(sequences).view(passes, size, T + 1)
 
     def log_update(step: int, loss: float, lr: float, norm: float, dt: float) -> None:
         rate = batch_tokens / dt
@@ -930,14 +932,7 @@ def train(config: TrainConfig, given: dict) -> int:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = prep.new_parser(__doc__, TrainConfig)
-    config, given = parse_args(parser, argv)
-    try:
-        if not (config.resume or config.eval_only):  # else the checkpoint has most of the settings
-            check_config(config)
-    except ValueError as error:
-        parser.error(str(error))
-
+    config, given = parse_args(argv)
     run = evaluate_only if config.eval_only else train
     advice = "leave --micro-batch-size out, or choose a smaller --model or --sequence-length"
     lock = nullcontext()
