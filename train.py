@@ -22,7 +22,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from datetime import timedelta
 from functools import lru_cache
 from pathlib import Path
@@ -126,8 +126,7 @@ def check_config(config: TrainConfig) -> None:
     ranks = read_environment("WORLD_SIZE", 1)
     pass_tokens = config.sequence_length * max(1, config.micro_batch_size) * ranks
     if total % pass_tokens:
-        problem = f"--total-batch-tokens {total} must be a multiple of {pass_tokens}"
-        raise ValueError(f"{problem} (a micro-batch on every device)")
+        raise ValueError(f"--total-batch-tokens {total} is not a multiple of {pass_tokens}, a micro-batch per device")
 
 
 def parse_args(argv: list[str] | None) -> tuple[TrainConfig, dict]:
@@ -336,8 +335,7 @@ def save_checkpoint(out: Path, model: GPT, trainer: dict, tokenizer: str, files:
     that are not finite, OSError when it cannot be written."""
     final = out / f"step_{trainer['step']:06d}"
     if not all(parameter.isfinite().all() for parameter in model.parameters()):
-        problem = f"{final} is not written, since its weights are not finite"
-        raise FloatingPointError(f"{problem}; start again with a lower --max-lr")
+        raise FloatingPointError(f"{final} is not written: its weights are not finite; lower --max-lr")
     part = final.with_suffix(".tmp")
     try:
         for left in out.glob(f"step_{'[0-9]' * 6}.tmp"):  # left by a crash
@@ -353,8 +351,7 @@ def save_checkpoint(out: Path, model: GPT, trainer: dict, tokenizer: str, files:
             prep.synchronize(path)
     except (OSError, RuntimeError, SafetensorError) as error:
         shutil.rmtree(part, ignore_errors=True)
-        problem = f"{final} could not be written: {error}"
-        raise OSError(f"{problem}; fix that and continue with --resume") from error
+        raise OSError(f"{final} could not be written: {error}; fix that, and --resume") from error
     if final in prep.checkpoints(out):  # a damaged one that was skipped
         shutil.rmtree(final)
     elif os.path.lexists(final):  # something else with its name
@@ -387,29 +384,19 @@ def prune(out: Path, newest: Path, keep: int) -> None:
 
 def load_trainer(checkpoint: Path) -> dict:
     """A checkpoint's config, step, seconds (of training until then), shards (as from `identify_shards`), and the states
-    of optimizer and scaler. Missing settings get their defaults. Raises ValueError when it is damaged."""
+    of optimizer and scaler. Missing settings get their defaults. Raises ValueError for a foreign
+    file."""
     path = checkpoint / "trainer.pt"
-    prep.check_checksums(checkpoint, [path.name])
     with prep.reading(path):
         trainer = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         saved = trainer["config"]
-        known = saved.keys() & asdict(TrainConfig()).keys()
+        known = saved.keys() & vars(TrainConfig())
         trainer["config"] = TrainConfig(**{name: saved[name] for name in known})
         trainer["seconds"] = float(trainer["seconds"])
         trainer["shards"] = dict(trainer["shards"])
     for name in saved.keys() - known:
         say(f"warning: {path} has an unknown setting, {name}, which is ignored", sys.stderr)
     return trainer
-
-
-def find_checkpoint(config: TrainConfig) -> Path | None:
-    """The checkpoint to resume from; None for a new run. Raises FileExistsError if there is a run but no --resume,
-    FileNotFoundError if all its checkpoints are damaged."""
-    out = Path(config.out)
-    begun = prep.checkpoints(out) or any("train_loss" in entry for entry in read_log(out))
-    if begun and not config.resume:
-        raise FileExistsError(f"{out} already contains a run; add --resume, or choose another --out")
-    return prep.newest_checkpoint(out)
 
 
 def resumed_config(saved: TrainConfig, given: dict, checkpoint: Path) -> TrainConfig:
@@ -420,8 +407,8 @@ def resumed_config(saved: TrainConfig, given: dict, checkpoint: Path) -> TrainCo
         if given[name] != then:
             changes.append(f"--{name.replace('_', '-')} was {then} and is now {given[name]}")
     if changes:
-        problem = f"cannot resume {checkpoint} with different settings: {'; '.join(changes)}"
-        raise ValueError(f"{problem}; start a new run with --init-from {checkpoint} and another --out")
+        what = "; ".join(changes)
+        raise ValueError(f"{checkpoint}: {what}; to change that, use --init-from and another --out")
     return replace(saved, **given)
 
 
@@ -451,7 +438,7 @@ def open_log(out: Path, config: TrainConfig, step: int) -> Callable[[dict], None
         repeated = "train_loss" not in entry and due(step, config.eval_every, config.steps)
         if at < step or (at == step and not repeated):
             kept.append(entry)
-    kept = kept or [{"config": asdict(config)}]
+    kept = kept or [{"config": vars(config)}]
     prep.write_atomically(path, [json.dumps(entry).encode() + b"\n" for entry in kept])
     board = None
     if config.tensorboard:
@@ -632,13 +619,12 @@ def build_model(config: TrainConfig, source: Path | None, tokenizer: tiktoken.En
         return GPT(shape)
     shape, tokenizer_name = gpt.read_config(source)
     if tokenizer_name != tokenizer.name:
-        advice = f"prepare data with --tokenizer {tokenizer_name}"
-        raise ValueError(f"{config.data} was tokenized with {tokenizer.name}; for {source}, {advice}")
+        raise ValueError(f"{source} needs data prepared with --tokenizer {tokenizer_name}; {config.data} is not")
     if shape.block_size < T:
         raise ValueError(f"--sequence-length {T} exceeds {source}'s context of {shape.block_size}")
     if shape.vocab_size > tokenizer.n_vocab:
-        problem = f"{source} has a vocabulary of {shape.vocab_size}"
-        say(f"{problem}; the {tokenizer.n_vocab} tokens of {tokenizer.name} are used")
+        size = shape.vocab_size
+        say(f"{source} has a vocabulary of {size}; the {tokenizer.n_vocab} tokens of {tokenizer.name} are used")
     return gpt.load_model(source, config.dropout, tokenizer.n_vocab)
 
 
@@ -646,16 +632,15 @@ def pass_over_zeros(runner: Any, size: int, T: int, process: Process, sync: bool
     """A forward and a backward pass, in which the model is compiled and, with `sync`, gradients are exchanged. Raises
     OSError if it cannot be compiled."""
     status(f"compiling or connecting, with micro-batches of {size}")
-    if process.world_size > 1:
-        runner.require_backward_grad_sync = sync
+    runner.require_backward_grad_sync = sync
     zeros = torch.zeros(size, T, dtype=torch.int64, device=process.device)
     try:
         with process.autocast:
             # Two tensors, as in an update; otherwise it would compile again.
             runner(zeros, zeros.clone()).backward()
     except torch._dynamo.exc.TorchDynamoException as error:
-        problem = f"the model cannot be compiled here ({type(error).__name__})"
-        raise OSError(f"{problem}; use --no-compile") from error
+        problem = type(error).__name__
+        raise OSError(f"the model cannot be compiled here ({problem}); use --no-compile") from error
     finally:
         runner.zero_grad()
 
@@ -714,6 +699,7 @@ def evaluate_only(config: TrainConfig, given: dict) -> int:
     checkpoint is evaluated with its own settings, except for those in `given`."""
     source = prep.model_directory(config.init_from or config.out)
     if (source / "trainer.pt").exists():
+        prep.check_checksums(source, ["trainer.pt"])
         config = replace(load_trainer(source)["config"], **given)
     status(f"reading {source}")
     data = Path(config.data)
@@ -735,7 +721,10 @@ def train(config: TrainConfig, given: dict) -> int:
     diverges, and ValueError or OSError with a sentence for the user."""
     # Where it starts: a checkpoint, given weights, or scratch
     out = Path(config.out)
-    checkpoint = find_checkpoint(config)
+    begun = prep.checkpoints(out) or any("train_loss" in entry for entry in read_log(out))
+    if begun and not config.resume:
+        raise FileExistsError(f"{out} already contains a run; add --resume, or choose another --out")
+    checkpoint = prep.newest_checkpoint(out)
     source = checkpoint
     step = 0
     seconds = 0.0  # of training so far
@@ -755,9 +744,10 @@ def train(config: TrainConfig, given: dict) -> int:
     status(f"reading {source or data}")
     split = prep.open_split(data, "train", T)
     tokenizer = prep.get_tokenizer(prep.read_tokenizer_name(data))
-    if batch_tokens > T * split.sequences:
-        usable = f"{data} has only {T * split.sequences:,} usable tokens"
-        raise ValueError(f"{usable}; use --preset book, or a smaller --total-batch-tokens")
+    usable = T * split.sequences
+    if batch_tokens > usable:
+        advice = "use --preset book, or a smaller --total-batch-tokens"
+        raise ValueError(f"{data} has only {usable:,} usable tokens; {advice}")
     val_split = prep.open_split(data, "val", T) if config.eval_every else None
     shards = identify_shards(data, [split, val_split])
     if checkpoint:
@@ -770,8 +760,7 @@ def train(config: TrainConfig, given: dict) -> int:
     device = process.device
     main_process = process.rank == 0
     if any(seen != (step, shards) for seen in gather((step, shards))):
-        problem = f"the ranks see different files in {out} or {data}"
-        raise FileNotFoundError(f"{problem}; put the first on a shared disk, and the same data on each machine")
+        raise FileNotFoundError(f"the ranks see different files in {out} or {data}; put both on a shared disk")
     model.to(device).train()
     compiled = config.compile
     if compiled is None:
@@ -800,12 +789,11 @@ def train(config: TrainConfig, given: dict) -> int:
 
     # The log
     record = open_log(out, config, step) if main_process else lambda entry: None
-    tokens = sum(split.tokens)
-    epochs = config.steps * batch_tokens / tokens
+    epochs = config.steps * batch_tokens / sum(split.tokens)
     passes = batch_tokens // (size * T * process.world_size)
     say(f"{'resumed' if checkpoint else 'started'} from {source or 'scratch'}")
     say(f"{gpt.parameter_count(model):,} parameters, {device.type}, {process.dtype}{', compiled' if compiled else ''}")
-    say(f"{tokens:,} training tokens; {config.steps:,} updates of {batch_tokens:,}, or {epochs:,.2f} epochs")
+    say(f"{config.steps:,} updates of {batch_tokens:,} tokens, or {epochs:,.2f} epochs of {data}")
     say(f"an update: {passes} micro-batches x {process.world_size} ranks x {size} sequences x {T} tokens")
 
     # What the loop does now and then
@@ -855,7 +843,7 @@ def train(config: TrainConfig, given: dict) -> int:
             optimizer.consolidate_state_dict(to=0)
         if main_process:
             trainer = {
-                "config": asdict(config),
+                "config": vars(config),
                 "step": step,
                 "seconds": seconds,
                 "shards": shards,
@@ -887,9 +875,9 @@ def train(config: TrainConfig, given: dict) -> int:
         loss = torch.zeros((), device=device)
         for i, sequences in enumerate(batch):
             status(f"step {step} of {config.steps}, {i / len(batch):.0%}")
-            # Exchange gradients after the last micro-batch only; no_sync() sets this flag.
-            if process.world_size > 1:
-                runner.require_backward_grad_sync = i + 1 == len(batch)
+            # Exchange gradients after the last micro-batch only. no_sync() sets this flag, which
+            # nothing but DistributedDataParallel reads.
+            runner.require_backward_grad_sync = i + 1 == len(batch)
             tokens = sequences[:, :-1].contiguous()
             targets = sequences[:, 1:].contiguous()
             with process.autocast:
