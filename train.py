@@ -301,29 +301,29 @@ def batch_indices(split: Split, config: TrainConfig, step: int) -> np.ndarray:
     return np.concatenate(parts)
 
 
-def identify_shards(data: Path, splits: list[Split | None]) -> dict:
-    """What identifies each shard, by its name: its sha256 in SHA256SUMS or, without one, its number of tokens."""
+def identify_shards(data: Path, splits: list[Split | None], saved: dict) -> dict:
+    """What identifies each shard, by its name: its sha256 in SHA256SUMS or, without one, its number of tokens. Raises
+    ValueError unless these are the shards that the run was begun with, `saved` in its checkpoint ({} for a new run)."""
     checksums = prep.read_checksums(data)
     shards = {}
+    changed = set()
     for split in filter(None, splits):
         for path, tokens in zip(split.paths, split.tokens, strict=True):
-            shards[path.name] = checksums.get(path.name, f"{tokens} tokens")
+            count = f"{tokens} tokens"
+            now = checksums.get(path.name, count)
+            shards[path.name] = now
+            then = saved.get(path.name, now)
+            # SHA256SUMS may be new. An earlier version took the sha256 even without it.
+            if then not in (now, count) and then != prep.sha256_of(path):
+                changed.add(path.name)
+    if saved:
+        # Validation shards may come and go: a resumed run may begin to evaluate, or stop.
+        others = shards.keys() ^ saved.keys()
+        changed |= {name for name in others if prep.is_of_split(name, "train")}
+    if changed:
+        shard = data / min(changed)
+        raise ValueError(f"{shard} is not what the run was trained on; resume with the original data")
     return shards
-
-
-def check_same_shards(data: Path, shards: dict, saved: dict) -> None:
-    """Raise ValueError unless these are the shards that the run was started with, `saved` in its checkpoint."""
-    for name in sorted(shards.keys() | saved.keys()):
-        now = shards.get(name)
-        then = saved.get(name)
-        if prep.is_of_split(name, "val") and not (now and then):
-            continue  # the run does not evaluate now, or did not before
-        if now == then:
-            continue
-        # SHA256SUMS may be new. An earlier version took the sha256 even without it.
-        shard = data / name
-        if not now or then not in (f"{prep.read_header(shard)} tokens", prep.sha256_of(shard)):
-            raise ValueError(f"{shard} is not what the run was trained on; resume with the original data")
 
 
 # Checkpoints
@@ -351,7 +351,7 @@ def save_checkpoint(out: Path, model: GPT, trainer: dict, tokenizer: str, files:
             prep.synchronize(path)
     except (OSError, RuntimeError, SafetensorError) as error:
         shutil.rmtree(part, ignore_errors=True)
-        raise OSError(f"{final} could not be written: {error}; fix that, and --resume") from error
+        raise OSError(f"{final} could not be written: {error}; fix that, then use --resume") from error
     if final in prep.checkpoints(out):  # a damaged one that was skipped
         shutil.rmtree(final)
     elif os.path.lexists(final):  # something else with its name
@@ -407,8 +407,8 @@ def resumed_config(saved: TrainConfig, given: dict, checkpoint: Path) -> TrainCo
         if given[name] != then:
             changes.append(f"--{name.replace('_', '-')} was {then} and is now {given[name]}")
     if changes:
-        what = "; ".join(changes)
-        raise ValueError(f"{checkpoint}: {what}; to change that, use --init-from and another --out")
+        advice = "to change that, use --init-from and another --out"
+        raise ValueError(f"cannot resume {checkpoint}: {'; '.join(changes)}; {advice}")
     return replace(saved, **given)
 
 
@@ -433,10 +433,11 @@ def open_log(out: Path, config: TrainConfig, step: int) -> Callable[[dict], None
     the entries after `step`, and the evaluation at `step` if it will be repeated."""
     path = out / "metrics.jsonl"
     kept = []
+    # The evaluation of a step follows its update.
+    last = (step, not due(step, config.eval_every, config.steps))
     for entry in read_log(out):
-        at = entry.get("step", 0)  # the settings have none
-        repeated = "train_loss" not in entry and due(step, config.eval_every, config.steps)
-        if at < step or (at == step and not repeated):
+        place = (entry.get("step", 0), "train_loss" not in entry)  # the settings have no step
+        if place <= last:
             kept.append(entry)
     kept = kept or [{"config": vars(config)}]
     prep.write_atomically(path, [json.dumps(entry).encode() + b"\n" for entry in kept])
@@ -492,11 +493,12 @@ def read_tasks(name: str, path: Path, tokenizer: tiktoken.Encoding, most: int) -
                 if len(endings) != 4 or not 0 <= label < 4:
                     raise ValueError("it needs four endings and the number of the right one")
                 endings.append(endings.pop(label))  # the right one comes last
-            begin = tokenizer.encode_ordinary(context)
+            # Not by the tokenizer itself, which cannot encode very long white space.
+            begin = prep.tokenize([context], tokenizer)[1:].tolist()
             if not begin:
                 raise ValueError("its context is empty")
             for ending in endings:
-                end = tokenizer.encode_ordinary(" " + ending)
+                end = prep.tokenize([" " + ending], tokenizer)[1:].tolist()
                 rows.append(torch.tensor(begin + end))
                 counts.append(len(end))
     if not rows:
@@ -593,9 +595,9 @@ def sample_text(model: GPT, tokenizer: tiktoken.Encoding, seed: int, device: tor
     """Up to 100 tokens of unconditional text."""
     end = tokenizer.eot_token
     prompt = torch.tensor([[end]], device=device)
-    generator = torch.Generator(device).manual_seed(seed)
+    torch.manual_seed(seed)
     with gpt.evaluation_mode(model):
-        steps = gpt.generate(model, prompt, 100, temperature=0.8, top_k=50, generator=generator, stop_token=end)
+        steps = gpt.generate(model, prompt, 100, temperature=0.8, top_k=50, stop_token=end)
         tokens = torch.cat(list(steps)).tolist()
     return tokenizer.decode(tokens).removesuffix("<|endoftext|>")
 
@@ -726,16 +728,15 @@ def train(config: TrainConfig, given: dict) -> int:
         raise FileExistsError(f"{out} already contains a run; add --resume, or choose another --out")
     checkpoint = prep.newest_checkpoint(out)
     source = checkpoint
-    step = 0
-    seconds = 0.0  # of training so far
+    trainer = {"step": 0, "seconds": 0.0, "shards": {}}  # of a new run
     if checkpoint:
         trainer = load_trainer(checkpoint)
-        step = trainer["step"]
-        seconds = trainer["seconds"]
         config = resumed_config(trainer["config"], given, checkpoint)
     elif config.init_from:
         source = prep.model_directory(config.init_from)
     check_config(config)
+    step = trainer["step"]
+    seconds = trainer["seconds"]  # of training so far
 
     # The data
     data = Path(config.data)
@@ -749,9 +750,7 @@ def train(config: TrainConfig, given: dict) -> int:
         advice = "use --preset book, or a smaller --total-batch-tokens"
         raise ValueError(f"{data} has only {usable:,} usable tokens; {advice}")
     val_split = prep.open_split(data, "val", T) if config.eval_every else None
-    shards = identify_shards(data, [split, val_split])
-    if checkpoint:
-        check_same_shards(data, shards, trainer["shards"])
+    shards = identify_shards(data, [split, val_split], trainer["shards"])
 
     # The model, the processes, and the device of each
     torch.manual_seed(config.seed)
