@@ -123,30 +123,9 @@ def check_config(config: TrainConfig) -> None:
     if config.warmup_steps >= config.steps:
         raise ValueError(f"--warmup-steps {config.warmup_steps} must be less than --steps {config.steps}")
     total = config.total_batch_tokens
-    ranks = read_environment("WORLD_SIZE", 1)
-    pass_tokens = config.sequence_length * max(1, config.micro_batch_size) * ranks
+    pass_tokens = config.sequence_length * max(1, config.micro_batch_size) * read_environment("WORLD_SIZE", 1)
     if total % pass_tokens:
         raise ValueError(f"--total-batch-tokens {total} is not a multiple of {pass_tokens}, a micro-batch per device")
-
-
-def parse_args(argv: list[str] | None) -> tuple[TrainConfig, dict]:
-    """Parse the command line. Returns all settings, and the ones given explicitly, to which --out is added."""
-    parser = prep.new_parser(__doc__, TrainConfig)
-    preset_help = "settings to start from; other options override them"
-    parser.add_argument("--preset", default="gpt2", choices=PRESETS, help=preset_help)
-    given = vars(parser.parse_args(argv))
-    config = replace(PRESETS[given.pop("preset")], **given)
-    name = Path(config.data).resolve().name
-    if config.eval_only and "data" not in given:
-        name = ""  # the newest of all runs, as in sample.py
-    given["out"] = config.out or str(Path("out") / name)
-    config = replace(config, **given)
-    if not (config.resume or config.eval_only):  # else a checkpoint has most of the settings
-        try:
-            check_config(config)
-        except ValueError as error:
-            parser.error(str(error))
-    return config, given
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:
@@ -183,6 +162,7 @@ class Process(NamedTuple):
     device: torch.device
     dtype: torch.dtype
     autocast: torch.autocast
+    stops: list[int]  # the signals that have asked it to stop
 
 
 def start_process(config: TrainConfig) -> Process:
@@ -203,7 +183,7 @@ def start_process(config: TrainConfig) -> Process:
         join_processes(rank, world_size, device)
     dtype = gpt.choose_dtype(config.dtype, device, training=True)
     autocast = torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
-    return Process(rank, world_size, device, dtype, autocast)
+    return Process(rank, world_size, device, dtype, autocast, stops=[])
 
 
 def join_processes(rank: int, world_size: int, device: torch.device) -> None:
@@ -382,34 +362,30 @@ def prune(out: Path, newest: Path, keep: int) -> None:
             shutil.rmtree(old.rename(old.with_suffix(".tmp")))
 
 
-def load_trainer(checkpoint: Path) -> dict:
+def load_trainer(checkpoint: Path, given: dict) -> dict:
     """A checkpoint's config, step, seconds (of training until then), shards (as from `identify_shards`), and the states
-    of optimizer and scaler. Missing settings get their defaults. Raises ValueError for a foreign
-    file."""
+    of optimizer and scaler. Missing settings get their defaults, and `given` overrides them all. Raises ValueError for
+    a foreign file, and for a resumed run that would compute something else."""
     path = checkpoint / "trainer.pt"
     with prep.reading(path):
         trainer = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         saved = trainer["config"]
         known = saved.keys() & vars(TrainConfig())
-        trainer["config"] = TrainConfig(**{name: saved[name] for name in known})
+        config = TrainConfig(**{name: saved[name] for name in known})
+        trainer["config"] = replace(config, **given)
         trainer["seconds"] = float(trainer["seconds"])
         trainer["shards"] = dict(trainer["shards"])
     for name in saved.keys() - known:
         say(f"warning: {path} has an unknown setting, {name}, which is ignored", sys.stderr)
-    return trainer
-
-
-def resumed_config(saved: TrainConfig, given: dict, checkpoint: Path) -> TrainConfig:
-    """A checkpoint's settings, overridden by those `given`. Raises ValueError if that would change what is computed."""
     changes = []
     for name in sorted(given.keys() - MAY_CHANGE):
-        then = getattr(saved, name)
+        then = getattr(config, name)
         if given[name] != then:
             changes.append(f"--{name.replace('_', '-')} was {then} and is now {given[name]}")
-    if changes:
+    if changes and not trainer["config"].eval_only:
         advice = "to change that, use --init-from and another --out"
         raise ValueError(f"cannot resume {checkpoint}: {'; '.join(changes)}; {advice}")
-    return replace(saved, **given)
+    return trainer
 
 
 # The log
@@ -525,7 +501,7 @@ def open_evaluation(config: TrainConfig, split: Split, tokenizer: tiktoken.Encod
     return sets
 
 
-def score_rows(model: GPT, data: EvalSet, process: Process, stops: Sequence[int]) -> Tensor | None:
+def score_rows(model: GPT, data: EvalSet, process: Process) -> Tensor | None:
     """`GPT.score` of all rows, (2, rows) float64, on all ranks; None once any rank has caught a signal. Rows longer
     than the context lose their beginning. The model must not be compiled, since lengths vary."""
     device = process.device
@@ -538,7 +514,7 @@ def score_rows(model: GPT, data: EvalSet, process: Process, stops: Sequence[int]
     done = 0
     while done < len(order):
         status(f"evaluating: {done / len(order):.0%}")
-        if all_reduce(torch.tensor(len(stops), device=device)) > 0:  # waits for all ranks
+        if all_reduce(torch.tensor(len(process.stops), device=device)) > 0:  # waits for all ranks
             return None
         size = max(1, batch_tokens // (len(rows[order[done]]) - 1))
         start = done + process.rank * size  # the ranks take turns
@@ -569,13 +545,13 @@ def measure(data: EvalSet, nats: Tensor, hits: Tensor) -> dict[str, Tensor]:
     return {"hellaswag_acc": lowest == 3, "hellaswag_acc_norm": lowest_norm == 3}
 
 
-def evaluate(model: GPT, sets: list[EvalSet], process: Process, stops: Sequence[int] = ()) -> dict | None:
+def evaluate(model: GPT, sets: list[EvalSet], process: Process) -> dict | None:
     """Print and return the metrics of all sets (None for one that is not finite), the same on all ranks, of which each
     scores its share; `..._se` is a standard error over sequences or tasks. Returns None, within a batch, once any rank
     has caught a signal."""
     metrics = {}
     for data in sets:
-        scores = score_rows(model, data, process, stops)
+        scores = score_rows(model, data, process)
         if scores is None:
             return None
         for name, values in measure(data, *scores).items():
@@ -589,17 +565,6 @@ def evaluate(model: GPT, sets: list[EvalSet], process: Process, stops: Sequence[
                 line += f" ± {error:.4f}"
             say(line)
     return {name: value.item() if value.isfinite() else None for name, value in metrics.items()}
-
-
-def sample_text(model: GPT, tokenizer: tiktoken.Encoding, seed: int, device: torch.device) -> str:
-    """Up to 100 tokens of unconditional text."""
-    end = tokenizer.eot_token
-    prompt = torch.tensor([[end]], device=device)
-    torch.manual_seed(seed)
-    with gpt.evaluation_mode(model):
-        steps = gpt.generate(model, prompt, 100, temperature=0.8, top_k=50, stop_token=end)
-        tokens = torch.cat(list(steps)).tolist()
-    return tokenizer.decode(tokens).removesuffix("<|endoftext|>")
 
 
 # The run
@@ -651,6 +616,25 @@ def find_micro_batch_size(config: TrainConfig, model: GPT, runner: Any, process:
     """The micro-batch size, in sequences: the largest of up to 2^17 tokens that fits on every rank's GPU; on a CPU, of
     up to 4,096 tokens, since more is no faster."""
     T = config.sequence_length
+    parameters = gpt.parameter_count(model)
+
+    def fits(size: int) -> bool:
+        """Whether a GPU has room for a pass over `size` sequences, besides the optimizer's two moments and the
+        accumulated gradients."""
+        # The rest is for evaluation, samples and fragmentation.
+        torch.cuda.set_per_process_memory_fraction(0.9)
+        try:
+            reserved = torch.empty(3 * parameters, device=process.device)
+            pass_over_zeros(runner, size, T, process, sync=False)
+            del reserved
+            return True
+        except torch.OutOfMemoryError:
+            return False
+        finally:
+            torch.cuda.empty_cache()
+            torch.cuda.set_per_process_memory_fraction(1.0)
+            torch.cuda.reset_peak_memory_stats()  # so that the log shows the peak of training
+
     share = config.total_batch_tokens // T // process.world_size  # this rank's sequences in an update
     on_gpu = process.device.type == "cuda"
     most = 4096
@@ -658,32 +642,14 @@ def find_micro_batch_size(config: TrainConfig, model: GPT, runner: Any, process:
         # Each parameter needs a gradient, another to add to it, and two moments. Of each token, a
         # compiled pass keeps the logits and about 16 n_embd numbers per layer (measured on an H100:
         # 54 GB in all for 2^17 tokens of gpt2).
-        free = torch.cuda.mem_get_info()[0] - 16 * gpt.parameter_count(model)
+        free = torch.cuda.mem_get_info()[0] - 16 * parameters
         shape = model.config
         kept = process.dtype.itemsize * (shape.vocab_size + 16 * shape.n_embd * shape.n_layer)
         most = min(2**17, int(0.9 * free / kept))
     size = min(share, max(1, most // T))
-    while size > 1 and (share % size or (on_gpu and not fits(model, runner, size, T, process))):
+    while size > 1 and (share % size or (on_gpu and not fits(size))):
         size -= 1
     return min(gather(size))
-
-
-def fits(model: GPT, runner: Any, size: int, T: int, process: Process) -> bool:
-    """Whether a GPU has room for a pass over `size` sequences, besides the optimizer's two moments and the accumulated
-    gradients."""
-    # The rest is for evaluation, samples and fragmentation.
-    torch.cuda.set_per_process_memory_fraction(0.9)
-    try:
-        reserved = torch.empty(3 * gpt.parameter_count(model), device=process.device)
-        pass_over_zeros(runner, size, T, process, sync=False)
-        del reserved
-        return True
-    except torch.OutOfMemoryError:
-        return False
-    finally:
-        torch.cuda.empty_cache()
-        torch.cuda.set_per_process_memory_fraction(1.0)
-        torch.cuda.reset_peak_memory_stats()  # so that the log shows the peak of training
 
 
 def check_finite(step: int, loss: float, norm: float, scaler: torch.amp.GradScaler, saved: int) -> None:
@@ -691,9 +657,8 @@ def check_finite(step: int, loss: float, norm: float, scaler: torch.amp.GradScal
     scaler, which skips the update, until its scale is down to 1."""
     if math.isfinite(loss) and (math.isfinite(norm) or scaler.get_scale() > 1):
         return
-    good = f"restart from step {saved} (--init-from)" if saved else "start over"
     problem = f"step {step}: loss {loss}, gradient norm {norm}; the update was not applied"
-    raise FloatingPointError(f"{problem}; {good} with a lower --max-lr")
+    raise FloatingPointError(f"{problem}; start again from step {saved} with a lower --max-lr")
 
 
 def evaluate_only(config: TrainConfig, given: dict) -> int:
@@ -702,7 +667,7 @@ def evaluate_only(config: TrainConfig, given: dict) -> int:
     source = prep.model_directory(config.init_from or config.out)
     if (source / "trainer.pt").exists():
         prep.check_checksums(source, ["trainer.pt"])
-        config = replace(load_trainer(source)["config"], **given)
+        config = load_trainer(source, given)["config"]
     status(f"reading {source}")
     data = Path(config.data)
     split = prep.open_split(data, "val", config.sequence_length)
@@ -730,8 +695,8 @@ def train(config: TrainConfig, given: dict) -> int:
     source = checkpoint
     trainer = {"step": 0, "seconds": 0.0, "shards": {}}  # of a new run
     if checkpoint:
-        trainer = load_trainer(checkpoint)
-        config = resumed_config(trainer["config"], given, checkpoint)
+        trainer = load_trainer(checkpoint, given)
+        config = trainer["config"]
     elif config.init_from:
         source = prep.model_directory(config.init_from)
     check_config(config)
@@ -756,8 +721,8 @@ def train(config: TrainConfig, given: dict) -> int:
     torch.manual_seed(config.seed)
     model = build_model(config, source, tokenizer)
     process = start_process(config)
-    device = process.device
-    main_process = process.rank == 0
+    rank, world_size, device, dtype, autocast, stops = process
+    main_process = rank == 0
     if any(seen != (step, shards) for seen in gather((step, shards))):
         raise FileNotFoundError(f"the ranks see different files in {out} or {data}; put both on a shared disk")
     model.to(device).train()
@@ -767,7 +732,7 @@ def train(config: TrainConfig, given: dict) -> int:
     # What the loop calls, with the parameters of the model. Not dynamic, or a second size of
     # micro-batch would be compiled for all sizes, and be slower.
     runner = torch.compile(model, dynamic=False) if compiled else model
-    if process.world_size > 1:
+    if world_size > 1:
         runner = DistributedDataParallel(runner, gradient_as_bucket_view=True)
     size = config.micro_batch_size or find_micro_batch_size(config, model, runner, process)
     if runner is not model:
@@ -776,10 +741,10 @@ def train(config: TrainConfig, given: dict) -> int:
         pass_over_zeros(runner, size, T, process, sync=True)
 
     # The optimizer
-    zero = config.zero and process.world_size > 1
+    zero = config.zero and world_size > 1
     betas = (0.9, config.beta2)
     optimizer = gpt.configure_optimizer(model, config.max_lr, config.weight_decay, betas, zero)
-    scaler = torch.amp.GradScaler(device.type, enabled=process.dtype == torch.float16)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     if checkpoint:
         with prep.reading(checkpoint / "trainer.pt"):
             gpt.load_optimizer(optimizer, trainer["optimizer"])
@@ -789,11 +754,11 @@ def train(config: TrainConfig, given: dict) -> int:
     # The log
     record = open_log(out, config, step) if main_process else lambda entry: None
     epochs = config.steps * batch_tokens / sum(split.tokens)
-    passes = batch_tokens // (size * T * process.world_size)
+    passes = batch_tokens // (size * T * world_size)
     say(f"{'resumed' if checkpoint else 'started'} from {source or 'scratch'}")
-    say(f"{gpt.parameter_count(model):,} parameters, {device.type}, {process.dtype}{', compiled' if compiled else ''}")
+    say(f"{gpt.parameter_count(model):,} parameters, {device.type}, {dtype}{', compiled' if compiled else ''}")
     say(f"{config.steps:,} updates of {batch_tokens:,} tokens, or {epochs:,.2f} epochs of {data}")
-    say(f"an update: {passes} micro-batches x {process.world_size} ranks x {size} sequences x {T} tokens")
+    say(f"an update: {passes} micro-batches x {world_size} ranks x {size} sequences x {T} tokens")
 
     # What the loop does now and then
     sets = []
@@ -802,12 +767,11 @@ def train(config: TrainConfig, given: dict) -> int:
     peak_flops = gpt.PEAK_FLOPS.get(torch.cuda.get_device_name()) if device.type == "cuda" else None
     flops_per_token = gpt.flops_per_token(replace(model.config, block_size=T))
     tokenizer_files = prep.tokenizer_files(tokenizer.name, model.config.block_size)
-    stops = []  # signals that ask the run to stop
 
     def load(step: int) -> Tensor:
         """This rank's part of a batch: (micro-batches, micro-batch size, T + 1) int64 on the CPU."""
         indices = batch_indices(split, config, step)
-        indices = indices.reshape(passes, process.world_size, size)[:, process.rank]
+        indices = indices.reshape(passes, world_size, size)[:, rank]
         sequences = prep.read_sequences(split, indices.ravel())
         return torch.from_numpy(sequences).view(passes, size, T + 1)
 
@@ -822,16 +786,26 @@ def train(config: TrainConfig, given: dict) -> int:
             "tokens_per_second": rate,
         }
         line = f"step {step}  loss {loss:.4f}  lr {lr:.1e}  norm {norm:.2f}  {rate:,.0f} tok/s"
-        if peak_flops and process.dtype != torch.float32:
-            entry["mfu"] = rate * flops_per_token / (peak_flops * process.world_size)
+        if peak_flops and dtype != torch.float32:
+            entry["mfu"] = rate * flops_per_token / (peak_flops * world_size)
             line += f"  mfu {entry['mfu']:.0%}"
         record(entry)
         say(f"{line}  {timedelta(seconds=int((config.steps - step) * dt))}")
 
+    def print_sample() -> None:
+        """Print up to 100 tokens of unconditional text."""
+        torch.manual_seed(config.seed)
+        end = tokenizer.eot_token
+        prompt = torch.tensor([[end]], device=device)
+        with gpt.evaluation_mode(model):
+            steps = gpt.generate(model, prompt, 100, temperature=0.8, top_k=50, stop_token=end)
+            tokens = torch.cat(list(steps)).tolist()
+        say(f"sample:\n{tokenizer.decode(tokens)}")
+
     def log_evaluation(step: int) -> bool:
         """Evaluate on all ranks, and log. Returns True, and logs nothing, if a signal on any rank ended it."""
         say(f"step {step}  evaluation")
-        metrics = evaluate(model, sets, process, stops)
+        metrics = evaluate(model, sets, process)
         if metrics is not None:
             record({"step": step, "seconds": seconds} | metrics)
         return metrics is None
@@ -869,8 +843,8 @@ def train(config: TrainConfig, given: dict) -> int:
         for group in optimizer.param_groups:
             group["lr"] = lr
         # Dropout does not depend on what was drawn before, so that a resumed run draws the same.
-        seed = np.random.SeedSequence([config.seed, step, process.rank]).generate_state(1)
-        torch.manual_seed(int(seed[0]))
+        seed = np.random.SeedSequence([config.seed, step, rank]).generate_state(1)
+        torch.manual_seed(seed.item())
         loss = torch.zeros((), device=device)
         for i, sequences in enumerate(batch):
             status(f"step {step} of {config.steps}, {i / len(batch):.0%}")
@@ -879,7 +853,7 @@ def train(config: TrainConfig, given: dict) -> int:
             runner.require_backward_grad_sync = i + 1 == len(batch)
             tokens = sequences[:, :-1].contiguous()
             targets = sequences[:, 1:].contiguous()
-            with process.autocast:
+            with autocast:
                 micro_loss = runner(tokens, targets) / len(batch)
             scaler.scale(micro_loss).backward()
             loss += micro_loss.detach()
@@ -887,9 +861,9 @@ def train(config: TrainConfig, given: dict) -> int:
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
 
         # The one wait for the device, and for all ranks
-        stopping = torch.full((), float(len(stops)), device=device)
+        stopping = torch.tensor(float(len(stops)), device=device)
         sums = all_reduce(torch.stack([loss, norm, stopping]))
-        mean_loss, mean_norm, stopping = (sums / process.world_size).tolist()
+        mean_loss, mean_norm, stopping = (sums / world_size).tolist()
         check_finite(step, mean_loss, mean_norm, scaler, saved)
         scaler.step(optimizer)
         scaler.update()
@@ -901,7 +875,7 @@ def train(config: TrainConfig, given: dict) -> int:
         if due(step, config.log_every, config.steps):
             log_update(step, mean_loss, lr, mean_norm, dt)
         if due(step, config.sample_every, config.steps) and main_process:
-            say(f"sample:\n{sample_text(model, tokenizer, config.seed, device)}")
+            print_sample()
         if due(step, config.eval_every, config.steps):
             stop = log_evaluation(step) or stop
         if stop or step == config.steps or due(step, config.checkpoint_every, config.steps):
@@ -919,7 +893,22 @@ def train(config: TrainConfig, given: dict) -> int:
 
 
 def main(argv: list[str] | None = None) -> None:
-    config, given = parse_args(argv)
+    parser = prep.new_parser(__doc__, TrainConfig)
+    preset_help = "settings to start from; other options override them"
+    parser.add_argument("--preset", default="gpt2", choices=PRESETS, help=preset_help)
+    given = vars(parser.parse_args(argv))
+    config = replace(PRESETS[given.pop("preset")], **given)
+    name = Path(config.data).resolve().name
+    if config.eval_only and "data" not in given:
+        name = ""  # the newest of all runs, as in sample.py
+    given["out"] = config.out or str(Path("out") / name)
+    config = replace(config, **given)
+    try:
+        if not (config.resume or config.eval_only):  # else the checkpoint has most of the settings
+            check_config(config)
+    except ValueError as error:
+        parser.error(str(error))
+
     run = evaluate_only if config.eval_only else train
     advice = "leave --micro-batch-size out, or choose a smaller --model or --sequence-length"
     lock = nullcontext()
