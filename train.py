@@ -121,7 +121,7 @@ def check_config(config: TrainConfig) -> None:
     if config.min_lr > config.max_lr:
         raise ValueError(f"--min-lr {config.min_lr} must not exceed --max-lr {config.max_lr}")
     if config.warmup_steps >= config.steps:
-        raise ValueError(f"--warmup-steps {config.warmup_steps} must be less than --steps {config.steps}")
+        raise ValueError(f"--warmup-steps {config.warmup_steps} must be below --steps {config.steps}")
     total = config.total_batch_tokens
     pass_tokens = config.sequence_length * max(1, config.micro_batch_size) * read_environment("WORLD_SIZE", 1)
     if total % pass_tokens:
@@ -211,8 +211,8 @@ def join_processes(rank: int, world_size: int, device: torch.device) -> None:
         # In a thread, so that Ctrl-C ends the wait.
         waiting = prep.begin(dist.TCPStore, address, port, world_size, serves, timedelta(minutes=5))
         store = waiting.result(600)
-        # Each restart has its own prefix in the store, or workers would find addresses of dead ones.
-        # On a single machine only, since several may count restarts differently.
+        # Each restart has its own prefix in the store, or workers would find the addresses of dead
+        # ones. On a single machine only, since several may count restarts differently.
         if world_size == read_environment("LOCAL_WORLD_SIZE", 0):
             store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
         backend = "nccl" if device.type == "cuda" else "gloo"
@@ -301,8 +301,7 @@ def identify_shards(data: Path, splits: list[Split | None], saved: dict) -> dict
         others = shards.keys() ^ saved.keys()
         changed |= {name for name in others if prep.is_of_split(name, "train")}
     if changed:
-        shard = data / min(changed)
-        raise ValueError(f"{shard} is not what the run was trained on; resume with the original data")
+        raise ValueError(f"{data / min(changed)} is not what the run was trained on; restore the original data")
     return shards
 
 
@@ -315,7 +314,7 @@ def save_checkpoint(out: Path, model: GPT, trainer: dict, tokenizer: str, files:
     that are not finite, OSError when it cannot be written."""
     final = out / f"step_{trainer['step']:06d}"
     if not all(parameter.isfinite().all() for parameter in model.parameters()):
-        raise FloatingPointError(f"{final} is not written: its weights are not finite; lower --max-lr")
+        raise FloatingPointError(f"{final} is not written: weights are not finite; lower --max-lr")
     part = final.with_suffix(".tmp")
     try:
         for left in out.glob(f"step_{'[0-9]' * 6}.tmp"):  # left by a crash
@@ -331,7 +330,7 @@ def save_checkpoint(out: Path, model: GPT, trainer: dict, tokenizer: str, files:
             prep.synchronize(path)
     except (OSError, RuntimeError, SafetensorError) as error:
         shutil.rmtree(part, ignore_errors=True)
-        raise OSError(f"{final} could not be written: {error}; fix that, then use --resume") from error
+        raise OSError(f"{final} could not be written: {error}; fix that, then --resume") from error
     if final in prep.checkpoints(out):  # a damaged one that was skipped
         shutil.rmtree(final)
     elif os.path.lexists(final):  # something else with its name
@@ -383,8 +382,7 @@ def load_trainer(checkpoint: Path, given: dict) -> dict:
         if given[name] != then:
             changes.append(f"--{name.replace('_', '-')} was {then} and is now {given[name]}")
     if changes and not trainer["config"].eval_only:
-        advice = "to change that, use --init-from and another --out"
-        raise ValueError(f"cannot resume {checkpoint}: {'; '.join(changes)}; {advice}")
+        raise ValueError(f"cannot resume {checkpoint}: {'; '.join(changes)}; use --init-from and another --out")
     return trainer
 
 
@@ -635,7 +633,7 @@ def find_micro_batch_size(config: TrainConfig, model: GPT, runner: Any, process:
             torch.cuda.set_per_process_memory_fraction(1.0)
             torch.cuda.reset_peak_memory_stats()  # so that the log shows the peak of training
 
-    share = config.total_batch_tokens // T // process.world_size  # this rank's sequences in an update
+    share = config.total_batch_tokens // T // process.world_size  # sequences of an update
     on_gpu = process.device.type == "cuda"
     most = 4096
     if on_gpu:
@@ -650,15 +648,6 @@ def find_micro_batch_size(config: TrainConfig, model: GPT, runner: Any, process:
     while size > 1 and (share % size or (on_gpu and not fits(size))):
         size -= 1
     return min(gather(size))
-
-
-def check_finite(step: int, loss: float, norm: float, scaler: torch.amp.GradScaler, saved: int) -> None:
-    """Raise FloatingPointError when an update must not be applied. A gradient that overflows float16 is left to the
-    scaler, which skips the update, until its scale is down to 1."""
-    if math.isfinite(loss) and (math.isfinite(norm) or scaler.get_scale() > 1):
-        return
-    problem = f"step {step}: loss {loss}, gradient norm {norm}; the update was not applied"
-    raise FloatingPointError(f"{problem}; start again from step {saved} with a lower --max-lr")
 
 
 def evaluate_only(config: TrainConfig, given: dict) -> int:
@@ -690,7 +679,7 @@ def train(config: TrainConfig, given: dict) -> int:
     out = Path(config.out)
     begun = prep.checkpoints(out) or any("train_loss" in entry for entry in read_log(out))
     if begun and not config.resume:
-        raise FileExistsError(f"{out} already contains a run; add --resume, or choose another --out")
+        raise FileExistsError(f"{out} already contains a run; add --resume, or use another --out")
     checkpoint = prep.newest_checkpoint(out)
     source = checkpoint
     trainer = {"step": 0, "seconds": 0.0, "shards": {}}  # of a new run
@@ -712,8 +701,7 @@ def train(config: TrainConfig, given: dict) -> int:
     tokenizer = prep.get_tokenizer(prep.read_tokenizer_name(data))
     usable = T * split.sequences
     if batch_tokens > usable:
-        advice = "use --preset book, or a smaller --total-batch-tokens"
-        raise ValueError(f"{data} has only {usable:,} usable tokens; {advice}")
+        raise ValueError(f"{data} has only {usable:,} usable tokens; lower --total-batch-tokens, or use --preset book")
     val_split = prep.open_split(data, "val", T) if config.eval_every else None
     shards = identify_shards(data, [split, val_split], trainer["shards"])
 
@@ -736,14 +724,13 @@ def train(config: TrainConfig, given: dict) -> int:
         runner = DistributedDataParallel(runner, gradient_as_bucket_view=True)
     size = config.micro_batch_size or find_micro_batch_size(config, model, runner, process)
     if runner is not model:
-        # Compilation stays out of the first update, and DistributedDataParallel settles its order of
-        # summation, so that a resumed run adds gradients in the same order.
+        # Keeps compilation out of the first update, and has DistributedDataParallel settle its order
+        # of summation, so that a resumed run adds gradients in the same order.
         pass_over_zeros(runner, size, T, process, sync=True)
 
     # The optimizer
     zero = config.zero and world_size > 1
-    betas = (0.9, config.beta2)
-    optimizer = gpt.configure_optimizer(model, config.max_lr, config.weight_decay, betas, zero)
+    optimizer = gpt.configure_optimizer(model, config.max_lr, config.weight_decay, (0.9, config.beta2), zero)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     if checkpoint:
         with prep.reading(checkpoint / "trainer.pt"):
@@ -777,14 +764,9 @@ def train(config: TrainConfig, given: dict) -> int:
 
     def log_update(step: int, loss: float, lr: float, norm: float, dt: float) -> None:
         rate = batch_tokens / dt
-        entry = {
-            "step": step,
-            "seconds": seconds,
-            "train_loss": loss,
-            "lr": lr,
-            "grad_norm": norm if math.isfinite(norm) else None,
-            "tokens_per_second": rate,
-        }
+        entry = {"step": step, "seconds": seconds, "train_loss": loss, "lr": lr}
+        entry["grad_norm"] = norm if math.isfinite(norm) else None
+        entry["tokens_per_second"] = rate
         line = f"step {step}  loss {loss:.4f}  lr {lr:.1e}  norm {norm:.2f}  {rate:,.0f} tok/s"
         if peak_flops and dtype != torch.float32:
             entry["mfu"] = rate * flops_per_token / (peak_flops * world_size)
@@ -815,14 +797,9 @@ def train(config: TrainConfig, given: dict) -> int:
         if zero:
             optimizer.consolidate_state_dict(to=0)
         if main_process:
-            trainer = {
-                "config": vars(config),
-                "step": step,
-                "seconds": seconds,
-                "shards": shards,
-                "optimizer": optimizer.state_dict(),
-                "scaler": scaler.state_dict(),
-            }
+            trainer = {"config": vars(config), "step": step, "seconds": seconds, "shards": shards}
+            trainer["optimizer"] = optimizer.state_dict()
+            trainer["scaler"] = scaler.state_dict()
             path = save_checkpoint(out, model, trainer, tokenizer.name, tokenizer_files)
             prune(out, path, config.keep_checkpoints)
             say(f"step {step}  checkpoint {path}")
@@ -848,8 +825,7 @@ def train(config: TrainConfig, given: dict) -> int:
         loss = torch.zeros((), device=device)
         for i, sequences in enumerate(batch):
             status(f"step {step} of {config.steps}, {i / len(batch):.0%}")
-            # Exchange gradients after the last micro-batch only. no_sync() sets this flag, which
-            # nothing but DistributedDataParallel reads.
+            # Ranks exchange gradients after the last micro-batch only; no_sync() sets this flag.
             runner.require_backward_grad_sync = i + 1 == len(batch)
             tokens = sequences[:, :-1].contiguous()
             targets = sequences[:, 1:].contiguous()
@@ -864,7 +840,10 @@ def train(config: TrainConfig, given: dict) -> int:
         stopping = torch.tensor(float(len(stops)), device=device)
         sums = all_reduce(torch.stack([loss, norm, stopping]))
         mean_loss, mean_norm, stopping = (sums / world_size).tolist()
-        check_finite(step, mean_loss, mean_norm, scaler, saved)
+        # A gradient that overflows float16 is left to the scaler, until its scale is down to 1.
+        if not math.isfinite(mean_loss) or not (math.isfinite(mean_norm) or scaler.get_scale() > 1):
+            problem = f"step {step}: loss {mean_loss}, gradient norm {mean_norm}"
+            raise FloatingPointError(f"{problem}; start again from step {saved} with a lower --max-lr")
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
@@ -894,8 +873,7 @@ def train(config: TrainConfig, given: dict) -> int:
 
 def main(argv: list[str] | None = None) -> None:
     parser = prep.new_parser(__doc__, TrainConfig)
-    preset_help = "settings to start from; other options override them"
-    parser.add_argument("--preset", default="gpt2", choices=PRESETS, help=preset_help)
+    parser.add_argument("--preset", default="gpt2", choices=PRESETS, help="defaults of other options")
     given = vars(parser.parse_args(argv))
     config = replace(PRESETS[given.pop("preset")], **given)
     name = Path(config.data).resolve().name
