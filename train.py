@@ -40,7 +40,7 @@ try:
 
     import model as gpt
     import prepare_data as prep
-    from model import GPT, MODEL_SIZES, GPTConfig
+    from model import GPT, MODEL_SIZES
     from prepare_data import Split, option, say, status
 except ImportError as error:
     sys.exit(f"train.py: error: {error}; pip install -r requirements.txt")
@@ -129,8 +129,7 @@ def check_config(config: TrainConfig) -> None:
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:
-    """The learning rate of update `step`, counted from 1: it rises linearly from 0 to max_lr at warmup_steps, and falls
-    along half a cosine period to min_lr at the last."""
+    """The learning rate of update 1, 2, ...: a line up to max_lr at warmup_steps, then half a cosine down to min_lr."""
     if step < config.warmup_steps:
         return config.max_lr * step / config.warmup_steps
     progress = (step - config.warmup_steps) / (config.steps - config.warmup_steps)
@@ -166,8 +165,7 @@ class Process(NamedTuple):
 
 
 def start_process(config: TrainConfig) -> Process:
-    """Choose the device and, under torchrun, join the other processes. Raises ValueError for a missing device, OSError
-    when the others cannot be reached."""
+    """Choose the device and, under torchrun, join the other processes. Raises ValueError, OSError."""
     rank = read_environment("RANK", 0)
     local_rank = read_environment("LOCAL_RANK", 0)
     world_size = read_environment("WORLD_SIZE", 1)
@@ -221,8 +219,7 @@ def join_processes(rank: int, world_size: int, device: torch.device) -> None:
         dist.init_process_group(backend, None, limit, world_size, rank, store, device_id=device_id)
     except (RuntimeError, ValueError, OSError) as error:
         problem = str(error).split("\n")[0]
-        advice = f"check MASTER_ADDR ({host}) and MASTER_PORT ({port})"
-        raise OSError(f"cannot join the other processes: {problem}; {advice}") from error
+        raise OSError(f"cannot join the other processes: {problem}; MASTER_ADDR {host}, MASTER_PORT {port}") from error
 
 
 def all_reduce(value: Tensor) -> Tensor:
@@ -298,8 +295,7 @@ def identify_shards(data: Path, splits: list[Split | None], saved: dict) -> dict
                 changed.add(path.name)
     if saved:
         # Validation shards may come and go: a resumed run may begin to evaluate, or stop.
-        others = shards.keys() ^ saved.keys()
-        changed |= {name for name in others if prep.is_of_split(name, "train")}
+        changed |= {name for name in shards.keys() ^ saved.keys() if prep.is_of_split(name, "train")}
     if changed:
         raise ValueError(f"{data / min(changed)} is not what the run was trained on; restore the original data")
     return shards
@@ -309,9 +305,8 @@ def identify_shards(data: Path, splits: list[Split | None], saved: dict) -> dict
 
 
 def save_checkpoint(out: Path, model: GPT, trainer: dict, tokenizer: str, files: dict) -> Path:
-    """Write `step_NNNNNN`, under a temporary name until it is complete and on disk. `trainer` is as from
-    `load_trainer`; `tokenizer` is a name, with the `files` of `tokenizer_files`. Raises FloatingPointError for weights
-    that are not finite, OSError when it cannot be written."""
+    """Write `step_NNNNNN`, under a temporary name until it is complete and on disk: the model, the tokenizer, by name,
+    with its `files`, and the `trainer`. Raises FloatingPointError for weights that are not finite, OSError."""
     final = out / f"step_{trainer['step']:06d}"
     if not all(parameter.isfinite().all() for parameter in model.parameters()):
         raise FloatingPointError(f"{final} is not written: weights are not finite; lower --max-lr")
@@ -362,9 +357,8 @@ def prune(out: Path, newest: Path, keep: int) -> None:
 
 
 def load_trainer(checkpoint: Path, given: dict) -> dict:
-    """A checkpoint's config, step, seconds (of training until then), shards (as from `identify_shards`), and the states
-    of optimizer and scaler. Missing settings get their defaults, and `given` overrides them all. Raises ValueError for
-    a foreign file, and for a resumed run that would compute something else."""
+    """A checkpoint's config (with defaults for what it lacks, overridden by `given`), step, seconds, shards, optimizer
+    and scaler. Raises ValueError for a foreign file, and for a resumed run that would compute something else."""
     path = checkpoint / "trainer.pt"
     with prep.reading(path):
         trainer = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -390,8 +384,7 @@ def load_trainer(checkpoint: Path, given: dict) -> dict:
 
 
 def read_log(out: Path) -> list[dict]:
-    """The entries of a run's metrics.jsonl, the first of which holds the settings; [] without the file. A line that is
-    not JSON, such as one cut off by a crash, is skipped."""
+    """The entries of metrics.jsonl, the settings first; [] without one. A line cut off by a crash is skipped."""
     entries = []
     with suppress(FileNotFoundError):
         for line in (out / "metrics.jsonl").read_bytes().splitlines():
@@ -544,9 +537,8 @@ def measure(data: EvalSet, nats: Tensor, hits: Tensor) -> dict[str, Tensor]:
 
 
 def evaluate(model: GPT, sets: list[EvalSet], process: Process) -> dict | None:
-    """Print and return the metrics of all sets (None for one that is not finite), the same on all ranks, of which each
-    scores its share; `..._se` is a standard error over sequences or tasks. Returns None, within a batch, once any rank
-    has caught a signal."""
+    """Print and return the metrics of all sets, the same on all ranks, of which each scores its share; `..._se` is a
+    standard error over sequences or tasks. Returns None, within a batch, once any rank has caught a signal."""
     metrics = {}
     for data in sets:
         scores = score_rows(model, data, process)
@@ -573,15 +565,9 @@ def build_model(config: TrainConfig, source: Path | None, tokenizer: tiktoken.En
     T = config.sequence_length
     if source is None:
         size = MODEL_SIZES[config.model]
-        shape = GPTConfig(
-            block_size=T,
-            vocab_size=tokenizer.n_vocab,
-            n_layer=config.n_layer or size.n_layer,
-            n_head=config.n_head or size.n_head,
-            n_embd=config.n_embd or size.n_embd,
-            dropout=config.dropout,
-        )
-        return GPT(shape)
+        names = ("n_layer", "n_head", "n_embd")
+        given = {name: getattr(config, name) for name in names if getattr(config, name)}
+        return GPT(replace(size, block_size=T, vocab_size=tokenizer.n_vocab, dropout=config.dropout, **given))
     shape, tokenizer_name = gpt.read_config(source)
     if tokenizer_name != tokenizer.name:
         raise ValueError(f"{source} needs data prepared with --tokenizer {tokenizer_name}; {config.data} is not")
@@ -594,8 +580,7 @@ def build_model(config: TrainConfig, source: Path | None, tokenizer: tiktoken.En
 
 
 def pass_over_zeros(runner: Any, size: int, T: int, process: Process, sync: bool) -> None:
-    """A forward and a backward pass, in which the model is compiled and, with `sync`, gradients are exchanged. Raises
-    OSError if it cannot be compiled."""
+    """A forward and a backward pass, which compiles the model and, with `sync`, exchanges gradients. Raises OSError."""
     status(f"compiling or connecting, with micro-batches of {size}")
     runner.require_backward_grad_sync = sync
     zeros = torch.zeros(size, T, dtype=torch.int64, device=process.device)
@@ -604,8 +589,7 @@ def pass_over_zeros(runner: Any, size: int, T: int, process: Process, sync: bool
             # Two tensors, as in an update; otherwise it would compile again.
             runner(zeros, zeros.clone()).backward()
     except torch._dynamo.exc.TorchDynamoException as error:
-        problem = type(error).__name__
-        raise OSError(f"the model cannot be compiled here ({problem}); use --no-compile") from error
+        raise OSError(f"the model cannot be compiled here ({type(error).__name__}); use --no-compile") from error
     finally:
         runner.zero_grad()
 
@@ -617,8 +601,7 @@ def find_micro_batch_size(config: TrainConfig, model: GPT, runner: Any, process:
     parameters = gpt.parameter_count(model)
 
     def fits(size: int) -> bool:
-        """Whether a GPU has room for a pass over `size` sequences, besides the optimizer's two moments and the
-        accumulated gradients."""
+        """Whether there is room for a pass, beside the optimizer's two moments and the accumulated gradients."""
         # The rest is for evaluation, samples and fragmentation.
         torch.cuda.set_per_process_memory_fraction(0.9)
         try:
@@ -633,7 +616,7 @@ def find_micro_batch_size(config: TrainConfig, model: GPT, runner: Any, process:
             torch.cuda.set_per_process_memory_fraction(1.0)
             torch.cuda.reset_peak_memory_stats()  # so that the log shows the peak of training
 
-    share = config.total_batch_tokens // T // process.world_size  # sequences of an update
+    share = config.total_batch_tokens // T // process.world_size  # this rank's, in sequences
     on_gpu = process.device.type == "cuda"
     most = 4096
     if on_gpu:
@@ -650,9 +633,8 @@ def find_micro_batch_size(config: TrainConfig, model: GPT, runner: Any, process:
     return min(gather(size))
 
 
-def evaluate_only(config: TrainConfig, given: dict) -> int:
-    """Evaluate --init-from or the newest checkpoint, and print the metrics as a table and, last, as a line of JSON. A
-    checkpoint is evaluated with its own settings, except for those in `given`."""
+def evaluate_only(config: TrainConfig, given: dict) -> None:
+    """Evaluate --init-from or the newest checkpoint; print the metrics as a table and, last, as a line of JSON."""
     source = prep.model_directory(config.init_from or config.out)
     if (source / "trainer.pt").exists():
         prep.check_checksums(source, ["trainer.pt"])
@@ -668,13 +650,11 @@ def evaluate_only(config: TrainConfig, given: dict) -> int:
     say(f"evaluation of {source}")
     metrics = evaluate(model, sets, process)
     say(json.dumps({"evaluated": str(source)} | metrics))
-    return 0
 
 
 def train(config: TrainConfig, given: dict) -> int:
-    """Train or resume, as `config` says. In a resumed run the checkpoint's settings hold, except for those in `given`.
-    Returns the exit status: 0, or 128 + the signal that interrupted the run. Raises FloatingPointError when it
-    diverges, and ValueError or OSError with a sentence for the user."""
+    """Train, or resume with the checkpoint's settings, overridden by those in `given`. Returns the exit status: 0, or
+    128 + the signal that interrupted the run. Raises FloatingPointError when it diverges, ValueError and OSError."""
     # Where it starts: a checkpoint, given weights, or scratch
     out = Path(config.out)
     begun = prep.checkpoints(out) or any("train_loss" in entry for entry in read_log(out))
@@ -710,15 +690,13 @@ def train(config: TrainConfig, given: dict) -> int:
     model = build_model(config, source, tokenizer)
     process = start_process(config)
     rank, world_size, device, dtype, autocast, stops = process
-    main_process = rank == 0
     if any(seen != (step, shards) for seen in gather((step, shards))):
         raise FileNotFoundError(f"the ranks see different files in {out} or {data}; put both on a shared disk")
     model.to(device).train()
     compiled = config.compile
     if compiled is None:
         compiled = device.type == "cuda" and has_triton()
-    # What the loop calls, with the parameters of the model. Not dynamic, or a second size of
-    # micro-batch would be compiled for all sizes, and be slower.
+    # What the loop calls. Dynamic shapes, compiled for a second micro-batch size, would be slower.
     runner = torch.compile(model, dynamic=False) if compiled else model
     if world_size > 1:
         runner = DistributedDataParallel(runner, gradient_as_bucket_view=True)
@@ -739,7 +717,7 @@ def train(config: TrainConfig, given: dict) -> int:
                 scaler.load_state_dict(trainer["scaler"])
 
     # The log
-    record = open_log(out, config, step) if main_process else lambda entry: None
+    record = open_log(out, config, step) if rank == 0 else lambda entry: None
     epochs = config.steps * batch_tokens / sum(split.tokens)
     passes = batch_tokens // (size * T * world_size)
     say(f"{'resumed' if checkpoint else 'started'} from {source or 'scratch'}")
@@ -748,9 +726,7 @@ def train(config: TrainConfig, given: dict) -> int:
     say(f"an update: {passes} micro-batches x {world_size} ranks x {size} sequences x {T} tokens")
 
     # What the loop does now and then
-    sets = []
-    if val_split:
-        sets = open_evaluation(config, val_split, tokenizer, model.config.block_size)
+    sets = open_evaluation(config, val_split, tokenizer, model.config.block_size) if val_split else []
     peak_flops = gpt.PEAK_FLOPS.get(torch.cuda.get_device_name()) if device.type == "cuda" else None
     flops_per_token = gpt.flops_per_token(replace(model.config, block_size=T))
     tokenizer_files = prep.tokenizer_files(tokenizer.name, model.config.block_size)
@@ -796,7 +772,7 @@ def train(config: TrainConfig, given: dict) -> int:
         """Write a checkpoint, with the help of all ranks, and return its step."""
         if zero:
             optimizer.consolidate_state_dict(to=0)
-        if main_process:
+        if rank == 0:
             trainer = {"config": vars(config), "step": step, "seconds": seconds, "shards": shards}
             trainer["optimizer"] = optimizer.state_dict()
             trainer["scaler"] = scaler.state_dict()
@@ -853,7 +829,7 @@ def train(config: TrainConfig, given: dict) -> int:
         stop = stopping > 0
         if due(step, config.log_every, config.steps):
             log_update(step, mean_loss, lr, mean_norm, dt)
-        if due(step, config.sample_every, config.steps) and main_process:
+        if due(step, config.sample_every, config.steps) and rank == 0:
             print_sample()
         if due(step, config.eval_every, config.steps):
             stop = log_evaluation(step) or stop
@@ -889,11 +865,10 @@ def main(argv: list[str] | None = None) -> None:
 
     run = evaluate_only if config.eval_only else train
     advice = "leave --micro-batch-size out, or choose a smaller --model or --sequence-length"
-    lock = nullcontext()
-    if prep.is_main_process() and not config.eval_only:  # on behalf of all ranks
-        lock = prep.locked(Path(config.out))
+    writes = prep.is_main_process() and not config.eval_only
+    lock = prep.locked(Path(config.out)) if writes else nullcontext()
     with prep.one_line_errors("train.py", advice), lock:
-        code = run(config, given)
+        code = run(config, given)  # None from evaluate_only, which exits with 0
     if dist.is_initialized():
         dist.destroy_process_group()
     sys.exit(code)
