@@ -65,7 +65,7 @@ class TrainConfig:
     eval_only: bool = option(False, "evaluate --init-from, or the newest checkpoint, and exit")
     seed: int = option(1337, "random seed for initialization, data order and dropout")
     sequence_length: int = option(1024, "tokens in a sequence, and a new model's context", 1, 2**20)
-    micro_batch_size: int = option(0, "sequences in a device's micro-batch (default: as many as fit)")
+    micro_batch_size: int = option(0, "sequences in a micro-batch (default: as many as fit)")
     total_batch_tokens: int = option(2**19, "tokens in an update, over all devices and micro-batches", 1)
     steps: int = option(19073, "number of updates", 1)
     warmup_steps: int = option(715, "warmup updates")
