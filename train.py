@@ -11,7 +11,6 @@ The batch of an update depends only on the seed and the step: resumed on a diffe
 dropout is still the same run.
 """
 
-import argparse
 import json
 import math
 import os
@@ -23,7 +22,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from datetime import timedelta
 from functools import lru_cache
 from pathlib import Path
@@ -41,7 +40,7 @@ try:
 
     import model as gpt
     import prepare_data as prep
-    from model import GPT, MODEL_SIZES, GPTConfig
+    from model import GPT, MODEL_SIZES
     from prepare_data import Split, option, say, status
 except ImportError as error:
     sys.exit(f"train.py: error: {error}; pip install -r requirements.txt")
@@ -66,7 +65,7 @@ class TrainConfig:
     eval_only: bool = option(False, "evaluate --init-from, or the newest checkpoint, and exit")
     seed: int = option(1337, "random seed for initialization, data order and dropout")
     sequence_length: int = option(1024, "tokens in a sequence, and a new model's context", 1, 2**20)
-    micro_batch_size: int = option(0, "sequences in a device's micro-batch (default: as many as fit)")
+    micro_batch_size: int = option(0, "sequences in a micro-batch (default: as many as fit)")
     total_batch_tokens: int = option(2**19, "tokens in an update, over all devices and micro-batches", 1)
     steps: int = option(19073, "number of updates", 1)
     warmup_steps: int = option(715, "warmup updates")
@@ -117,36 +116,20 @@ BOOK = TrainConfig(  # for a single book: a few minutes on a laptop
 PRESETS = {"gpt2": TrainConfig(), "book": BOOK, "demo": replace(BOOK, data="data/demo", steps=1400)}
 
 
-def parse_args(parser: argparse.ArgumentParser, argv: list[str] | None) -> tuple[TrainConfig, dict]:
-    """Parse the command line. Returns all settings, and the ones given explicitly, to which --out is added."""
-    help = "settings to start from; other options override them"
-    parser.add_argument("--preset", default="gpt2", choices=PRESETS, help=help)
-    given = vars(parser.parse_args(argv))
-    config = replace(PRESETS[given.pop("preset")], **given)
-    name = Path(config.data).resolve().name
-    if config.eval_only and "data" not in given:
-        name = ""  # the newest of all runs, as in sample.py
-    given["out"] = config.out or str(Path("out") / name)
-    return replace(config, **given), given
-
-
 def check_config(config: TrainConfig) -> None:
     """Raise ValueError for settings that contradict each other, or a batch that cannot be divided as asked."""
     if config.min_lr > config.max_lr:
         raise ValueError(f"--min-lr {config.min_lr} must not exceed --max-lr {config.max_lr}")
     if config.warmup_steps >= config.steps:
-        raise ValueError(f"--warmup-steps {config.warmup_steps} must be less than --steps {config.steps}")
+        raise ValueError(f"--warmup-steps {config.warmup_steps} must be below --steps {config.steps}")
     total = config.total_batch_tokens
-    ranks = read_environment("WORLD_SIZE", 1)
-    pass_tokens = config.sequence_length * max(1, config.micro_batch_size) * ranks
+    pass_tokens = config.sequence_length * max(1, config.micro_batch_size) * read_environment("WORLD_SIZE", 1)
     if total % pass_tokens:
-        problem = f"--total-batch-tokens {total} must be a multiple of {pass_tokens}"
-        raise ValueError(f"{problem} (a micro-batch on every device)")
+        raise ValueError(f"--total-batch-tokens {total} is not a multiple of {pass_tokens}, a micro-batch per device")
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:
-    """The learning rate of update `step`, counted from 1: it rises linearly from 0 to max_lr at warmup_steps, and falls
-    along half a cosine period to min_lr at the last."""
+    """The learning rate of update 1, 2, ...: a line up to max_lr at warmup_steps, then half a cosine down to min_lr."""
     if step < config.warmup_steps:
         return config.max_lr * step / config.warmup_steps
     progress = (step - config.warmup_steps) / (config.steps - config.warmup_steps)
@@ -178,11 +161,11 @@ class Process(NamedTuple):
     device: torch.device
     dtype: torch.dtype
     autocast: torch.autocast
+    stops: list[int]  # the signals that have asked it to stop
 
 
 def start_process(config: TrainConfig) -> Process:
-    """Choose the device and, under torchrun, join the other processes. Raises ValueError for a missing device, OSError
-    when the others cannot be reached."""
+    """Choose the device and, under torchrun, join the other processes. Raises ValueError, OSError."""
     rank = read_environment("RANK", 0)
     local_rank = read_environment("LOCAL_RANK", 0)
     world_size = read_environment("WORLD_SIZE", 1)
@@ -198,7 +181,7 @@ def start_process(config: TrainConfig) -> Process:
         join_processes(rank, world_size, device)
     dtype = gpt.choose_dtype(config.dtype, device, training=True)
     autocast = torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
-    return Process(rank, world_size, device, dtype, autocast)
+    return Process(rank, world_size, device, dtype, autocast, stops=[])
 
 
 def join_processes(rank: int, world_size: int, device: torch.device) -> None:
@@ -226,8 +209,8 @@ def join_processes(rank: int, world_size: int, device: torch.device) -> None:
         # In a thread, so that Ctrl-C ends the wait.
         waiting = prep.begin(dist.TCPStore, address, port, world_size, serves, timedelta(minutes=5))
         store = waiting.result(600)
-        # Each restart has its own prefix in the store, or workers would find addresses of dead ones.
-        # On a single machine only, since several may count restarts differently.
+        # Each restart has its own prefix in the store, or workers would find the addresses of dead
+        # ones. On a single machine only, since several may count restarts differently.
         if world_size == read_environment("LOCAL_WORLD_SIZE", 0):
             store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
         backend = "nccl" if device.type == "cuda" else "gloo"
@@ -236,18 +219,26 @@ def join_processes(rank: int, world_size: int, device: torch.device) -> None:
         dist.init_process_group(backend, None, limit, world_size, rank, store, device_id=device_id)
     except (RuntimeError, ValueError, OSError) as error:
         problem = str(error).split("\n")[0]
-        advice = f"check MASTER_ADDR ({host}) and MASTER_PORT ({port})"
-        raise OSError(f"cannot join the other processes: {problem}; {advice}") from error
+        raise OSError(f"cannot join the other processes: {problem}; MASTER_ADDR {host}, MASTER_PORT {port}") from error
 
 
-def all_reduce(value: Tensor, how: dist.ReduceOp = dist.ReduceOp.SUM) -> Tensor:
-    """Sum (or minimum) over all ranks, as float64 on the CPU. Waits for the device."""
+def all_reduce(value: Tensor) -> Tensor:
+    """The sum over all ranks, as float64 on the CPU. Waits for the device."""
     if not value.is_cuda:
         value = value.cpu()  # gloo supports no other device, and MPS no float64
     value = value.double()
     if dist.is_initialized():
-        dist.all_reduce(value, how)
+        dist.all_reduce(value)
     return value.cpu()
+
+
+def gather(value: Any) -> list:
+    """What each rank has, by rank. Waits for all ranks."""
+    if not dist.is_initialized():
+        return [value]
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
 
 
 def catch_signals(stops: list[int]) -> None:
@@ -278,59 +269,47 @@ def epoch_order(sequences: int, seed: int, epoch: int) -> np.ndarray:
 def batch_indices(split: Split, config: TrainConfig, step: int) -> np.ndarray:
     """The indices of update `step`'s sequences: (total_batch_tokens / T,) int64, whatever the number of devices."""
     batch_size = config.total_batch_tokens // config.sequence_length
-    position = (step - 1) * batch_size  # in the sequences of all epochs
-    indices = []
-    while len(indices) < batch_size:
-        epoch, start = divmod(position + len(indices), split.sequences)
-        missing = batch_size - len(indices)
-        indices.extend(epoch_order(split.sequences, config.seed, epoch)[start : start + missing])
-    return np.array(indices)
+    positions = np.arange(batch_size) + (step - 1) * batch_size  # in the sequences of all epochs
+    epochs, places = np.divmod(positions, split.sequences)
+    parts = []
+    for epoch in np.unique(epochs):
+        order = epoch_order(split.sequences, config.seed, epoch)
+        parts.append(order[places[epochs == epoch]])
+    return np.concatenate(parts)
 
 
-def load_batch(split: Split, config: TrainConfig, micro_batch_size: int, process: Process, step: int) -> Tensor:
-    """This rank's part of a batch: (micro-batches, micro-batch size, T + 1) int64 on the CPU."""
-    indices = batch_indices(split, config, step)
-    indices = indices.reshape(-1, process.world_size, micro_batch_size)[:, process.rank]
-    sequences = prep.read_sequences(split, indices.ravel())
-    return torch.from_numpy(sequences.reshape(*indices.shape, -1))
-
-
-def identify_shards(data: Path, splits: list[Split | None]) -> dict:
-    """What identifies each shard, by its name: its sha256 in SHA256SUMS or, without one, its number of tokens."""
+def identify_shards(data: Path, splits: list[Split | None], saved: dict) -> dict:
+    """What identifies each shard, by its name: its sha256 in SHA256SUMS or, without one, its number of tokens. Raises
+    ValueError unless these are the shards that the run was begun with, `saved` in its checkpoint ({} for a new run)."""
     checksums = prep.read_checksums(data)
     shards = {}
+    changed = set()
     for split in filter(None, splits):
         for path, tokens in zip(split.paths, split.tokens, strict=True):
-            shards[path.name] = checksums.get(path.name, f"{tokens} tokens")
+            count = f"{tokens} tokens"
+            now = checksums.get(path.name, count)
+            shards[path.name] = now
+            then = saved.get(path.name, now)
+            # A shard is identified in the other way if SHA256SUMS has been added or removed since.
+            if then not in (now, count) and then != prep.sha256_of(path):
+                changed.add(path.name)
+    if saved:
+        # Validation shards may come and go: a resumed run may begin to evaluate, or stop.
+        changed |= {name for name in shards.keys() ^ saved.keys() if prep.is_of_split(name, "train")}
+    if changed:
+        raise ValueError(f"{data / min(changed)} is not what the run was trained on; restore the original data")
     return shards
-
-
-def check_same_shards(data: Path, shards: dict, saved: dict) -> None:
-    """Raise ValueError unless these are the shards that the run was started with, `saved` in its checkpoint."""
-    for name in sorted(shards.keys() | saved.keys()):
-        now = shards.get(name)
-        then = saved.get(name)
-        if prep.is_of_split(name, "val") and not (now and then):
-            continue  # the run does not evaluate now, or did not before
-        if now == then:
-            continue
-        # A shard is identified in the other way if SHA256SUMS has been added or removed since.
-        shard = data / name
-        if not now or then not in (f"{prep.read_header(shard)} tokens", prep.sha256_of(shard)):
-            raise ValueError(f"{shard} is not what the run was trained on; resume with the original data")
 
 
 # Checkpoints
 
 
 def save_checkpoint(out: Path, model: GPT, trainer: dict, tokenizer: str, files: dict) -> Path:
-    """Write `step_NNNNNN`, under a temporary name until it is complete and on disk. `trainer` is as from
-    `load_trainer`; `tokenizer` is a name, with the `files` of `tokenizer_files`. Raises FloatingPointError for weights
-    that are not finite, OSError when it cannot be written."""
+    """Write `step_NNNNNN`, under a temporary name until it is complete and on disk: the model, the tokenizer, by name,
+    with its `files`, and the `trainer`. Raises FloatingPointError for weights that are not finite, OSError."""
     final = out / f"step_{trainer['step']:06d}"
     if not all(parameter.isfinite().all() for parameter in model.parameters()):
-        problem = f"{final} is not written, since its weights are not finite"
-        raise FloatingPointError(f"{problem}; start again with a lower --max-lr")
+        raise FloatingPointError(f"{final} is not written: weights are not finite; lower --max-lr")
     part = final.with_suffix(".tmp")
     try:
         for left in out.glob(f"step_{'[0-9]' * 6}.tmp"):  # left by a crash
@@ -346,8 +325,7 @@ def save_checkpoint(out: Path, model: GPT, trainer: dict, tokenizer: str, files:
             prep.synchronize(path)
     except (OSError, RuntimeError, SafetensorError) as error:
         shutil.rmtree(part, ignore_errors=True)
-        problem = f"{final} could not be written: {error}"
-        raise OSError(f"{problem}; fix that and continue with --resume") from error
+        raise OSError(f"{final} could not be written: {error}; fix that, then --resume") from error
     if final in prep.checkpoints(out):  # a damaged one that was skipped
         shutil.rmtree(final)
     elif os.path.lexists(final):  # something else with its name
@@ -378,52 +356,35 @@ def prune(out: Path, newest: Path, keep: int) -> None:
             shutil.rmtree(old.rename(old.with_suffix(".tmp")))
 
 
-def load_trainer(checkpoint: Path) -> dict:
-    """A checkpoint's config, step, seconds (of training until then), shards (as from `identify_shards`), and the states
-    of optimizer and scaler. Missing settings get their defaults. Raises ValueError when it is damaged."""
+def load_trainer(checkpoint: Path, given: dict) -> dict:
+    """A checkpoint's config (with defaults for what it lacks, overridden by `given`), step, seconds, shards, optimizer
+    and scaler. Raises ValueError for a foreign file, and for a resumed run that would compute something else."""
     path = checkpoint / "trainer.pt"
-    prep.check_checksums(checkpoint, [path.name])
     with prep.reading(path):
         trainer = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         saved = trainer["config"]
-        known = saved.keys() & asdict(TrainConfig()).keys()
-        trainer["config"] = TrainConfig(**{name: saved[name] for name in known})
+        known = saved.keys() & vars(TrainConfig())
+        config = TrainConfig(**{name: saved[name] for name in known})
+        trainer["config"] = replace(config, **given)
         trainer["seconds"] = float(trainer["seconds"])
         trainer["shards"] = dict(trainer["shards"])
     for name in saved.keys() - known:
         say(f"warning: {path} has an unknown setting, {name}, which is ignored", sys.stderr)
-    return trainer
-
-
-def find_checkpoint(config: TrainConfig) -> Path | None:
-    """The checkpoint to resume from; None for a new run. Raises FileExistsError if there is a run but no --resume,
-    FileNotFoundError if all its checkpoints are damaged."""
-    out = Path(config.out)
-    begun = prep.checkpoints(out) or any("train_loss" in entry for entry in read_log(out))
-    if begun and not config.resume:
-        raise FileExistsError(f"{out} already contains a run; add --resume, or choose another --out")
-    return prep.newest_checkpoint(out)
-
-
-def resumed_config(saved: TrainConfig, given: dict, checkpoint: Path) -> TrainConfig:
-    """A checkpoint's settings, overridden by those `given`. Raises ValueError if that would change what is computed."""
     changes = []
     for name in sorted(given.keys() - MAY_CHANGE):
-        then = getattr(saved, name)
+        then = getattr(config, name)
         if given[name] != then:
             changes.append(f"--{name.replace('_', '-')} was {then} and is now {given[name]}")
-    if changes:
-        problem = f"cannot resume {checkpoint} with different settings: {'; '.join(changes)}"
-        raise ValueError(f"{problem}; start a new run with --init-from {checkpoint} and another --out")
-    return replace(saved, **given)
+    if changes and not trainer["config"].eval_only:
+        raise ValueError(f"cannot resume {checkpoint}: {'; '.join(changes)}; use --init-from and another --out")
+    return trainer
 
 
 # The log
 
 
 def read_log(out: Path) -> list[dict]:
-    """The entries of a run's metrics.jsonl, the first of which holds the settings; [] without the file. A line that is
-    not JSON, such as one cut off by a crash, is skipped."""
+    """The entries of metrics.jsonl, the settings first; [] without one. A line cut off by a crash is skipped."""
     entries = []
     with suppress(FileNotFoundError):
         for line in (out / "metrics.jsonl").read_bytes().splitlines():
@@ -439,12 +400,13 @@ def open_log(out: Path, config: TrainConfig, step: int) -> Callable[[dict], None
     the entries after `step`, and the evaluation at `step` if it will be repeated."""
     path = out / "metrics.jsonl"
     kept = []
+    # The evaluation of a step follows its update.
+    last = (step, not due(step, config.eval_every, config.steps))
     for entry in read_log(out):
-        at = entry.get("step", 0)  # the settings have none
-        repeated = "train_loss" not in entry and due(step, config.eval_every, config.steps)
-        if at < step or (at == step and not repeated):
+        place = (entry.get("step", 0), "train_loss" not in entry)  # the settings have no step
+        if place <= last:
             kept.append(entry)
-    kept = kept or [{"config": asdict(config)}]
+    kept = kept or [{"config": vars(config)}]
     prep.write_atomically(path, [json.dumps(entry).encode() + b"\n" for entry in kept])
     board = None
     if config.tensorboard:
@@ -466,16 +428,6 @@ def open_log(out: Path, config: TrainConfig, step: int) -> Callable[[dict], None
     return record
 
 
-def describe_metrics(metrics: dict) -> str:
-    """The metrics of an evaluation for the terminal, one per line, with their standard errors."""
-    lines = []
-    for name, value in metrics.items():
-        if value is not None and not name.endswith("_se"):
-            error = metrics.get(f"{name}_se")
-            lines.append(f"  {name:20} {value:10.4f}" + (f" ± {error:.4f}" if error else ""))
-    return "\n".join(lines)
-
-
 # Evaluation
 
 
@@ -484,20 +436,8 @@ class EvalSet(NamedTuple):
 
     name: str
     rows: Sequence[Tensor]  # of int64
-    counts: np.ndarray  # (rows,) int64: how many tokens at the end of each are scored
-    labels: np.ndarray | None = None  # (tasks,) int64: the right ending
+    counts: list[int]  # how many tokens at the end of each row are scored
     text_bytes: int = 0  # of the scored tokens, in UTF-8; 0 for tasks
-
-
-def parse_task(name: str, task: dict) -> tuple[str, list[str], int]:
-    """A task's context, its endings, and which of them is right. LAMBADA's only ending is the last word."""
-    if name == "lambada":
-        context, word = task["text"].rsplit(" ", 1)
-        return context, [word], 0
-    label = int(task["label"])
-    if len(task["endings"]) != 4 or not 0 <= label < 4:
-        raise ValueError("it needs four endings and the number of the right one")
-    return task["ctx"], task["endings"], label
 
 
 def read_tasks(name: str, path: Path, tokenizer: tiktoken.Encoding, most: int) -> EvalSet:
@@ -507,10 +447,19 @@ def read_tasks(name: str, path: Path, tokenizer: tiktoken.Encoding, most: int) -
         prep.check_checksums(path.parent, [path.name])
     rows = []
     counts = []
-    labels = []
     for number, line in enumerate(path.read_bytes().splitlines()[:most], start=1):
         with prep.reading(f"{path}, line {number},"):
-            context, endings, label = parse_task(name, prep.read_object(line, "its JSON"))
+            task = prep.read_object(line, "its JSON")
+            if name == "lambada":  # the last word is the only ending
+                context, word = task["text"].rsplit(" ", 1)
+                endings = [word]
+            else:
+                context = task["ctx"]
+                endings = task["endings"]
+                label = int(task["label"])
+                if len(endings) != 4 or not 0 <= label < 4:
+                    raise ValueError("it needs four endings and the number of the right one")
+                endings.append(endings.pop(label))  # the right one comes last
             # prep.tokenize can encode any white space, and begins with <|endoftext|>, which is not
             # part of a task.
             context_tokens = prep.tokenize([context], tokenizer)[1:].tolist()
@@ -520,10 +469,9 @@ def read_tasks(name: str, path: Path, tokenizer: tiktoken.Encoding, most: int) -
                 ending_tokens = prep.tokenize([" " + ending], tokenizer)[1:].tolist()
                 rows.append(torch.tensor(context_tokens + ending_tokens))
                 counts.append(len(ending_tokens))
-            labels.append(label)
-    if not labels:
+    if not rows:
         raise ValueError(f"{path} contains no tasks")
-    return EvalSet(name, rows, np.array(counts), np.array(labels))
+    return EvalSet(name, rows, counts)
 
 
 def open_evaluation(config: TrainConfig, split: Split, tokenizer: tiktoken.Encoding, block_size: int) -> list[EvalSet]:
@@ -532,20 +480,20 @@ def open_evaluation(config: TrainConfig, split: Split, tokenizer: tiktoken.Encod
     count = min(max(1, config.eval_tokens // T), split.sequences)
     rows = prep.read_sequences(split, np.arange(count))
     text_bytes = int(prep.token_bytes(tokenizer)[rows[:, 1:]].sum(dtype=np.int64))
-    sets = [EvalSet("val", torch.from_numpy(rows), np.full(count, T), text_bytes=text_bytes)]
+    sets = [EvalSet("val", torch.from_numpy(rows), [T] * count, text_bytes)]
     for name in prep.EVALUATION_SETS:
         path = Path(config.data).parent / name / prep.FILES[name].name
         if not config.eval_tasks or not path.exists():
             continue
         tasks = read_tasks(name, path, tokenizer, config.eval_tasks)
-        if tasks.counts.max() <= block_size:
+        if max(tasks.counts) <= block_size:
             sets.append(tasks)
         else:
             say(f"{name} is left out: an ending is longer than the model's context", sys.stderr)
     return sets
 
 
-def score_rows(model: GPT, data: EvalSet, process: Process, stops: Sequence[int]) -> np.ndarray | None:
+def score_rows(model: GPT, data: EvalSet, process: Process) -> Tensor | None:
     """`GPT.score` of all rows, (2, rows) float64, on all ranks; None once any rank has caught a signal. Rows longer
     than the context lose their beginning. The model must not be compiled, since lengths vary."""
     device = process.device
@@ -558,67 +506,56 @@ def score_rows(model: GPT, data: EvalSet, process: Process, stops: Sequence[int]
     done = 0
     while done < len(order):
         status(f"evaluating: {done / len(order):.0%}")
-        if all_reduce(torch.tensor(len(stops), device=device)) > 0:  # waits for all ranks
+        if all_reduce(torch.tensor(len(process.stops), device=device)) > 0:  # waits for all ranks
             return None
         size = max(1, batch_tokens // (len(rows[order[done]]) - 1))
         start = done + process.rank * size  # the ranks take turns
         share = order[start : start + size]
         if share:
-            tokens, targets = gpt.pad([rows[i] for i in share], data.counts[share])
+            tokens, targets = gpt.pad([rows[i] for i in share], [data.counts[i] for i in share])
             with gpt.evaluation_mode(model), process.autocast:
                 scores[:, share] = model.score(tokens.to(device), targets.to(device))
         done += process.world_size * size
-    return all_reduce(scores).numpy()
+    return all_reduce(scores)
 
 
-def summarize(data: EvalSet, nats: np.ndarray, hits: np.ndarray) -> dict:
-    """The metrics of a set, from each row's summed loss and how many of its targets were the most likely token;
-    `..._se` is a standard error over sequences or tasks. "val_loss" is in nats per token. "hellaswag_acc" is how often
-    the right ending has the lowest summed loss, "hellaswag_acc_norm" the lowest loss per token. "lambada_acc" is how
-    often every token of the last word is the most likely; its perplexity is per word."""
-    averaged = {}
-    others = {}
+def measure(data: EvalSet, nats: Tensor, hits: Tensor) -> dict[str, Tensor]:
+    """The metrics of a set, as a value of each sequence or task where there is one, from each row's summed loss and how
+    many of its targets were the most likely token. "val_loss" is in nats per token. "lambada_acc" is how often every
+    token of the last word is the most likely; its perplexity is per word. "hellaswag_acc" is how often the right ending
+    has the lowest summed loss, "hellaswag_acc_norm" the lowest loss per token."""
+    counts = torch.tensor(data.counts)
+    losses = nats / counts
     if data.name == "val":
-        averaged["val_loss"] = nats / data.counts
-        others["val_perplexity"] = np.exp(averaged["val_loss"].mean())
-        others["val_bits_per_byte"] = nats.sum() / math.log(2) / max(1, data.text_bytes)
-    elif data.name == "lambada":
-        averaged["lambada_acc"] = hits == data.counts
-        others["lambada_perplexity"] = np.exp(nats.mean())
-    else:
-        nats = nats.reshape(-1, 4)
-        counts = data.counts.reshape(-1, 4)
-        averaged["hellaswag_acc"] = nats.argmin(axis=1) == data.labels
-        averaged["hellaswag_acc_norm"] = (nats / counts).argmin(axis=1) == data.labels
-    metrics = {}
-    for metric, values in averaged.items():
-        error = values.std(ddof=1) / math.sqrt(len(values)) if len(values) > 1 else math.nan
-        metrics[metric] = values.mean()
-        metrics[f"{metric}_se"] = error
-    return metrics | others
+        bits = nats.sum() / math.log(2)
+        perplexity = losses.mean().exp()
+        return {"val_loss": losses, "val_perplexity": perplexity, "val_bits_per_byte": bits / data.text_bytes}
+    if data.name == "lambada":
+        return {"lambada_acc": hits == counts, "lambada_perplexity": nats.mean().exp()}
+    lowest = nats.view(-1, 4).argmin(dim=1)
+    lowest_norm = losses.view(-1, 4).argmin(dim=1)
+    return {"hellaswag_acc": lowest == 3, "hellaswag_acc_norm": lowest_norm == 3}
 
 
-def evaluate(model: GPT, sets: list[EvalSet], process: Process, stops: Sequence[int] = ()) -> dict | None:
-    """The metrics of all sets (a metric that is not finite is None), the same on all ranks; each rank scores its share.
-    Returns None, within a batch, once any rank has caught a signal."""
+def evaluate(model: GPT, sets: list[EvalSet], process: Process) -> dict | None:
+    """Print and return the metrics of all sets, the same on all ranks, of which each scores its share; `..._se` is a
+    standard error over sequences or tasks. Returns None, within a batch, once any rank has caught a signal."""
     metrics = {}
     for data in sets:
-        scores = score_rows(model, data, process, stops)
+        scores = score_rows(model, data, process)
         if scores is None:
             return None
-        metrics |= summarize(data, *scores)
-    return {name: float(value) if np.isfinite(value) else None for name, value in metrics.items()}
-
-
-def sample_text(model: GPT, tokenizer: tiktoken.Encoding, seed: int, device: torch.device) -> str:
-    """Up to 100 tokens of unconditional text."""
-    end = tokenizer.eot_token
-    prompt = torch.tensor([[end]], device=device)
-    generator = torch.Generator(device).manual_seed(seed)
-    with gpt.evaluation_mode(model):
-        steps = gpt.generate(model, prompt, 100, temperature=0.8, top_k=50, generator=generator, stop_token=end)
-        tokens = torch.cat(list(steps)).tolist()
-    return tokenizer.decode(tokens).removesuffix(prep.END_OF_TEXT)
+        for name, values in measure(data, *scores).items():
+            values = values.double()
+            metrics[name] = values.mean()
+            line = f"  {name:20} {metrics[name]:10.4f}"
+            if values.dim() > 0:
+                # var(correction=1) would warn of a single value, whose error is NaN.
+                error = (values.var(correction=0) / (len(values) - 1)).sqrt()
+                metrics[f"{name}_se"] = error
+                line += f" ± {error:.4f}"
+            say(line)
+    return {name: value.item() if value.isfinite() else None for name, value in metrics.items()}
 
 
 # The run
@@ -629,41 +566,22 @@ def build_model(config: TrainConfig, source: Path | None, tokenizer: tiktoken.En
     T = config.sequence_length
     if source is None:
         size = MODEL_SIZES[config.model]
-        shape = GPTConfig(
-            block_size=T,
-            vocab_size=tokenizer.n_vocab,
-            n_layer=config.n_layer or size.n_layer,
-            n_head=config.n_head or size.n_head,
-            n_embd=config.n_embd or size.n_embd,
-            dropout=config.dropout,
-        )
-        return GPT(shape)
+        names = ("n_layer", "n_head", "n_embd")
+        given = {name: getattr(config, name) for name in names if getattr(config, name)}
+        return GPT(replace(size, block_size=T, vocab_size=tokenizer.n_vocab, dropout=config.dropout, **given))
     shape, tokenizer_name = gpt.read_config(source)
     if tokenizer_name != tokenizer.name:
-        advice = f"prepare data with --tokenizer {tokenizer_name}"
-        raise ValueError(f"{config.data} was tokenized with {tokenizer.name}; for {source}, {advice}")
+        raise ValueError(f"{source} needs data prepared with --tokenizer {tokenizer_name}; {config.data} is not")
     if shape.block_size < T:
         raise ValueError(f"--sequence-length {T} exceeds {source}'s context of {shape.block_size}")
     if shape.vocab_size > tokenizer.n_vocab:
-        problem = f"{source} has a vocabulary of {shape.vocab_size}"
-        say(f"{problem}; the {tokenizer.n_vocab} tokens of {tokenizer.name} are used")
+        size = shape.vocab_size
+        say(f"{source} has a vocabulary of {size}; the {tokenizer.n_vocab} tokens of {tokenizer.name} are used")
     return gpt.load_model(source, config.dropout, tokenizer.n_vocab)
 
 
-def check_ranks_agree(config: TrainConfig, step: int, shards: dict) -> None:
-    """Raise FileNotFoundError if the ranks see different checkpoints or different data. Waits for all ranks."""
-    if not dist.is_initialized():
-        return
-    seen = [None] * dist.get_world_size()
-    dist.all_gather_object(seen, (step, shards))
-    if seen.count(seen[0]) < len(seen):
-        problem = f"the ranks see different files in {config.out} or {config.data}"
-        raise FileNotFoundError(f"{problem}; put the first on a shared disk, and the same data on each machine")
-
-
 def pass_over_zeros(runner: Any, size: int, T: int, process: Process, sync: bool) -> None:
-    """A forward and a backward pass, in which the model is compiled and, with `sync`, gradients are exchanged. Raises
-    OSError if it cannot be compiled."""
+    """A forward and a backward pass, which compiles the model and, with `sync`, exchanges gradients. Raises OSError."""
     status(f"compiling or connecting, with micro-batches of {size}")
     if process.world_size > 1:
         runner.require_backward_grad_sync = sync
@@ -673,8 +591,7 @@ def pass_over_zeros(runner: Any, size: int, T: int, process: Process, sync: bool
             # Two tensors, as in an update; otherwise it would compile again.
             runner(zeros, zeros.clone()).backward()
     except torch._dynamo.exc.TorchDynamoException as error:
-        problem = f"the model cannot be compiled here ({type(error).__name__})"
-        raise OSError(f"{problem}; use --no-compile") from error
+        raise OSError(f"the model cannot be compiled here ({type(error).__name__}); use --no-compile") from error
     finally:
         runner.zero_grad()
 
@@ -683,57 +600,47 @@ def find_micro_batch_size(config: TrainConfig, model: GPT, runner: Any, process:
     """The micro-batch size, in sequences: the largest of up to 2^17 tokens that fits on every rank's GPU; on a CPU, of
     up to 4,096 tokens, since more is no faster."""
     T = config.sequence_length
-    share = config.total_batch_tokens // T // process.world_size  # this rank's sequences in an update
+    parameters = gpt.parameter_count(model)
+
+    def fits(size: int) -> bool:
+        """Whether there is room for a pass, beside the optimizer's two moments and the accumulated gradients."""
+        # The rest is for evaluation, samples and fragmentation.
+        torch.cuda.set_per_process_memory_fraction(0.9)
+        try:
+            reserved = torch.empty(3 * parameters, device=process.device)
+            pass_over_zeros(runner, size, T, process, sync=False)
+            del reserved
+            return True
+        except torch.OutOfMemoryError:
+            return False
+        finally:
+            torch.cuda.empty_cache()
+            torch.cuda.set_per_process_memory_fraction(1.0)
+            torch.cuda.reset_peak_memory_stats()  # so that the log shows the peak of training
+
+    share = config.total_batch_tokens // T // process.world_size  # this rank's, in sequences
     on_gpu = process.device.type == "cuda"
     most = 4096
     if on_gpu:
         # Each parameter needs a gradient, another to add to it, and two moments. Of each token, a
         # compiled pass keeps the logits and about 16 n_embd numbers per layer (measured on an H100:
         # 54 GB in all for 2^17 tokens of gpt2).
-        free = torch.cuda.mem_get_info()[0] - 16 * gpt.parameter_count(model)
+        free = torch.cuda.mem_get_info()[0] - 16 * parameters
         shape = model.config
         kept = process.dtype.itemsize * (shape.vocab_size + 16 * shape.n_embd * shape.n_layer)
         most = min(2**17, int(0.9 * free / kept))
     size = min(share, max(1, most // T))
-    while size > 1 and (share % size or (on_gpu and not fits(model, runner, size, T, process))):
+    while size > 1 and (share % size or (on_gpu and not fits(size))):
         size -= 1
-    return int(all_reduce(torch.tensor(size, device=process.device), dist.ReduceOp.MIN))
+    return min(gather(size))
 
 
-def fits(model: GPT, runner: Any, size: int, T: int, process: Process) -> bool:
-    """Whether a GPU has room for a pass over `size` sequences, besides the optimizer's two moments and the accumulated
-    gradients."""
-    # The rest is for evaluation, samples and fragmentation.
-    torch.cuda.set_per_process_memory_fraction(0.9)
-    try:
-        reserved = torch.empty(3 * gpt.parameter_count(model), device=process.device)
-        pass_over_zeros(runner, size, T, process, sync=False)
-        del reserved
-        return True
-    except torch.OutOfMemoryError:
-        return False
-    finally:
-        torch.cuda.empty_cache()
-        torch.cuda.set_per_process_memory_fraction(1.0)
-        torch.cuda.reset_peak_memory_stats()  # so that the log shows the peak of training
-
-
-def check_finite(step: int, loss: float, norm: float, scaler: torch.amp.GradScaler, saved: int) -> None:
-    """Raise FloatingPointError when an update must not be applied. A gradient that overflows float16 is left to the
-    scaler, which skips the update, until its scale is down to 1."""
-    if math.isfinite(loss) and (math.isfinite(norm) or scaler.get_scale() > 1):
-        return
-    good = f"restart from step {saved} (--init-from)" if saved else "start over"
-    problem = f"step {step}: loss {loss}, gradient norm {norm}; the update was not applied"
-    raise FloatingPointError(f"{problem}; {good} with a lower --max-lr")
-
-
-def evaluate_only(config: TrainConfig, given: dict) -> int:
-    """Evaluate --init-from or the newest checkpoint, and print the metrics as a table and, last, as a line of JSON. A
-    checkpoint is evaluated with its own settings, except for those in `given`."""
+def evaluate_only(config: TrainConfig, given: dict) -> None:
+    """Evaluate --init-from or the newest checkpoint; print the metrics as a table and, last, as a line of JSON."""
     source = prep.model_directory(config.init_from or config.out)
     if (source / "trainer.pt").exists():
-        config = replace(load_trainer(source)["config"], **given)
+        prep.check_checksums(source, ["trainer.pt"])
+        config = load_trainer(source, given)["config"]
     status(f"reading {source}")
     data = Path(config.data)
     split = prep.open_split(data, "val", config.sequence_length)
@@ -742,30 +649,30 @@ def evaluate_only(config: TrainConfig, given: dict) -> int:
     process = start_process(config)
     model.to(process.device)
     sets = open_evaluation(config, split, tokenizer, model.config.block_size)
-    metrics = evaluate(model, sets, process)  # on all ranks
-    say(f"evaluation of {source}\n{describe_metrics(metrics)}")
+    say(f"evaluation of {source}")
+    metrics = evaluate(model, sets, process)
     say(json.dumps({"evaluated": str(source)} | metrics))
-    return 0
 
 
 def train(config: TrainConfig, given: dict) -> int:
-    """Train or resume, as `config` says. In a resumed run the checkpoint's settings hold, except for those in `given`.
-    Returns the exit status: 0, or 128 + the signal that interrupted the run. Raises FloatingPointError when it
-    diverges, and ValueError or OSError with a sentence for the user."""
+    """Train, or resume with the checkpoint's settings, overridden by those in `given`. Returns the exit status: 0, or
+    128 + the signal that interrupted the run. Raises FloatingPointError when it diverges, ValueError and OSError."""
     # Where it starts: a checkpoint, given weights, or scratch
     out = Path(config.out)
-    checkpoint = find_checkpoint(config)
+    begun = prep.checkpoints(out) or any("train_loss" in entry for entry in read_log(out))
+    if begun and not config.resume:
+        raise FileExistsError(f"{out} already contains a run; add --resume, or use another --out")
+    checkpoint = prep.newest_checkpoint(out)
     source = checkpoint
-    step = 0
-    seconds = 0.0  # of training so far
+    trainer = {"step": 0, "seconds": 0.0, "shards": {}}  # of a new run
     if checkpoint:
-        trainer = load_trainer(checkpoint)
-        step = trainer["step"]
-        seconds = trainer["seconds"]
-        config = resumed_config(trainer["config"], given, checkpoint)
+        trainer = load_trainer(checkpoint, given)
+        config = trainer["config"]
     elif config.init_from:
         source = prep.model_directory(config.init_from)
     check_config(config)
+    step = trainer["step"]
+    seconds = trainer["seconds"]  # of training so far
 
     # The data
     data = Path(config.data)
@@ -774,21 +681,20 @@ def train(config: TrainConfig, given: dict) -> int:
     status(f"reading {source or data}")
     split = prep.open_split(data, "train", T)
     tokenizer = prep.get_tokenizer(prep.read_tokenizer_name(data))
-    if batch_tokens > T * split.sequences:
-        usable = f"{data} has only {T * split.sequences:,} usable tokens"
-        raise ValueError(f"{usable}; use --preset book, or a smaller --total-batch-tokens")
+    usable = T * split.sequences
+    if batch_tokens > usable:
+        raise ValueError(f"{data} has only {usable:,} usable tokens; lower --total-batch-tokens, or use --preset book")
     val_split = prep.open_split(data, "val", T) if config.eval_every else None
-    shards = identify_shards(data, [split, val_split])
-    if checkpoint:
-        check_same_shards(data, shards, trainer["shards"])
+    shards = identify_shards(data, [split, val_split], trainer["shards"])
 
     # The model, the processes, and the device of each
     torch.manual_seed(config.seed)
     model = build_model(config, source, tokenizer)
     process = start_process(config)
-    device = process.device
-    main_process = process.rank == 0
-    check_ranks_agree(config, step, shards)
+    rank, world_size, device, dtype, autocast, stops = process
+    if any(seen != (step, shards) for seen in gather((step, shards))):
+        problem = f"the ranks see different files in {out} or {data}"
+        raise FileNotFoundError(f"{problem}; share the first, and put the same data on each machine")
     model.to(device).train()
     compiled = config.compile
     if compiled is None:
@@ -796,19 +702,18 @@ def train(config: TrainConfig, given: dict) -> int:
     # The model as the loop calls it: compiled, and averaging gradients over the ranks. With dynamic
     # shapes, a second micro-batch size would be compiled for every size, and run slower.
     runner = torch.compile(model, dynamic=False) if compiled else model
-    if process.world_size > 1:
+    if world_size > 1:
         runner = DistributedDataParallel(runner, gradient_as_bucket_view=True)
-    micro_batch_size = config.micro_batch_size or find_micro_batch_size(config, model, runner, process)
+    size = config.micro_batch_size or find_micro_batch_size(config, model, runner, process)
     if runner is not model:
         # This compiles before the first update is timed, and DistributedDataParallel settles the order
         # in which it sums gradients, so that a resumed run sums them in the same order.
-        pass_over_zeros(runner, micro_batch_size, T, process, sync=True)
+        pass_over_zeros(runner, size, T, process, sync=True)
 
     # The optimizer
-    zero = config.zero and process.world_size > 1
-    betas = (0.9, config.beta2)
-    optimizer = gpt.configure_optimizer(model, config.max_lr, config.weight_decay, betas, zero)
-    scaler = torch.amp.GradScaler(device.type, enabled=process.dtype == torch.float16)
+    zero = config.zero and world_size > 1
+    optimizer = gpt.configure_optimizer(model, config.max_lr, config.weight_decay, (0.9, config.beta2), zero)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     if checkpoint:
         with prep.reading(checkpoint / "trainer.pt"):
             gpt.load_optimizer(optimizer, trainer["optimizer"])
@@ -816,71 +721,70 @@ def train(config: TrainConfig, given: dict) -> int:
                 scaler.load_state_dict(trainer["scaler"])
 
     # The log
-    record = open_log(out, config, step) if main_process else lambda entry: None
-    train_tokens = sum(split.tokens)
-    epochs = config.steps * batch_tokens / train_tokens
-    micro_batches = batch_tokens // (micro_batch_size * T * process.world_size)
+    record = open_log(out, config, step) if rank == 0 else lambda entry: None
+    epochs = config.steps * batch_tokens / sum(split.tokens)
+    passes = batch_tokens // (size * T * world_size)
     say(f"{'resumed' if checkpoint else 'started'} from {source or 'scratch'}")
-    say(f"{gpt.parameter_count(model):,} parameters, {device.type}, {process.dtype}{', compiled' if compiled else ''}")
-    say(f"{train_tokens:,} training tokens; {config.steps:,} updates of {batch_tokens:,}, or {epochs:,.2f} epochs")
-    sizes = f"{process.world_size} ranks x {micro_batch_size} sequences x {T} tokens"
-    say(f"an update: {micro_batches} micro-batches x {sizes}")
+    say(f"{gpt.parameter_count(model):,} parameters, {device.type}, {dtype}{', compiled' if compiled else ''}")
+    say(f"{config.steps:,} updates of {batch_tokens:,} tokens, or {epochs:,.2f} epochs of {data}")
+    say(f"an update: {passes} micro-batches x {world_size} ranks x {size} sequences x {T} tokens")
 
     # What the loop does now and then
-    sets = []
-    if val_split:
-        sets = open_evaluation(config, val_split, tokenizer, model.config.block_size)
+    sets = open_evaluation(config, val_split, tokenizer, model.config.block_size) if val_split else []
     peak_flops = gpt.PEAK_FLOPS.get(torch.cuda.get_device_name()) if device.type == "cuda" else None
     flops_per_token = gpt.flops_per_token(replace(model.config, block_size=T))
     tokenizer_files = prep.tokenizer_files(tokenizer.name, model.config.block_size)
-    stops = []  # signals that ask the run to stop
 
     def load(step: int) -> Tensor:
-        return load_batch(split, config, micro_batch_size, process, step)
+        """This rank's part of a batch: (micro-batches, micro-batch size, T + 1) int64 on the CPU."""
+        indices = batch_indices(split, config, step)
+        indices = indices.reshape(passes, world_size, size)[:, rank]
+        sequences = prep.read_sequences(split, indices.ravel())
+        return torch.from_numpy(sequences).view(passes, size, T + 1)
 
     def log_update(step: int, loss: float, lr: float, norm: float, dt: float) -> None:
         rate = batch_tokens / dt
-        entry = {
-            "step": step,
-            "seconds": seconds,
-            "train_loss": loss,
-            "lr": lr,
-            "grad_norm": norm if math.isfinite(norm) else None,
-            "tokens_per_second": rate,
-        }
+        entry = {"step": step, "seconds": seconds, "train_loss": loss, "lr": lr}
+        entry["grad_norm"] = norm if math.isfinite(norm) else None
+        entry["tokens_per_second"] = rate
         line = f"step {step}  loss {loss:.4f}  lr {lr:.1e}  norm {norm:.2f}  {rate:,.0f} tok/s"
-        if peak_flops and process.dtype != torch.float32:
-            entry["mfu"] = rate * flops_per_token / (peak_flops * process.world_size)
+        if peak_flops and dtype != torch.float32:
+            entry["mfu"] = rate * flops_per_token / (peak_flops * world_size)
             line += f"  mfu {entry['mfu']:.0%}"
         record(entry)
         remaining_seconds = int((config.steps - step) * dt)
         say(f"{line}  {timedelta(seconds=remaining_seconds)} left")
 
+    def print_sample() -> None:
+        """Print up to 100 tokens of unconditional text."""
+        torch.manual_seed(config.seed)
+        end = tokenizer.eot_token
+        prompt = torch.tensor([[end]], device=device)
+        with gpt.evaluation_mode(model):
+            steps = gpt.generate(model, prompt, 100, temperature=0.8, top_k=50, stop_token=end)
+            tokens = torch.cat(list(steps)).tolist()
+        say(f"sample:\n{tokenizer.decode(tokens)}")
+
     def log_evaluation(step: int) -> bool:
         """Evaluate on all ranks, and log. Returns True, and logs nothing, if a signal on any rank ended it."""
-        metrics = evaluate(model, sets, process, stops)
-        if metrics is None:
-            return True
-        record({"step": step, "seconds": seconds} | metrics)
-        say(f"step {step}  evaluation\n{describe_metrics(metrics)}")
-        return False
+        say(f"step {step}  evaluation")
+        metrics = evaluate(model, sets, process)
+        if metrics is not None:
+            record({"step": step, "seconds": seconds} | metrics)
+        return metrics is None
 
-    def save(step: int) -> None:
-        """Write a checkpoint, with the help of all ranks."""
+    def save(step: int) -> int:
+        """Write a checkpoint, with the help of all ranks, and return its step."""
         if zero:
             optimizer.consolidate_state_dict(to=0)
-        if main_process:
-            trainer = {
-                "config": asdict(config),
-                "step": step,
-                "seconds": seconds,
-                "shards": shards,
-                "optimizer": optimizer.state_dict(),
-                "scaler": scaler.state_dict(),
-            }
+        if rank == 0:
+            trainer = {"config": vars(config), "step": step, "seconds": seconds, "shards": shards}
+            trainer["optimizer"] = optimizer.state_dict()
+            trainer["scaler"] = scaler.state_dict()
             path = save_checkpoint(out, model, trainer, tokenizer.name, tokenizer_files)
             prune(out, path, config.keep_checkpoints)
             say(f"step {step}  checkpoint {path}")
+        return step
 
     # The loop
     remaining = range(step + 1, config.steps + 1)
@@ -897,17 +801,16 @@ def train(config: TrainConfig, given: dict) -> int:
         for group in optimizer.param_groups:
             group["lr"] = lr
         # Dropout does not depend on what was drawn before, so that a resumed run draws the same.
-        seed = np.random.SeedSequence([config.seed, step, process.rank]).generate_state(1)
-        torch.manual_seed(int(seed[0]))
+        seed = np.random.SeedSequence([config.seed, step, rank]).generate_state(1)
+        torch.manual_seed(seed.item())
         loss = torch.zeros((), device=device)
         for i, sequences in enumerate(batch):
             status(f"step {step} of {config.steps}, {i / len(batch):.0%}")
-            # Exchange gradients after the last micro-batch only; no_sync() sets this flag.
-            if process.world_size > 1:
+            if world_size > 1:  # exchange gradients after the last micro-batch only, as by no_sync()
                 runner.require_backward_grad_sync = i + 1 == len(batch)
             tokens = sequences[:, :-1].contiguous()
             targets = sequences[:, 1:].contiguous()
-            with process.autocast:
+            with autocast:
                 micro_loss = runner(tokens, targets) / len(batch)
             scaler.scale(micro_loss).backward()
             loss += micro_loss.detach()
@@ -915,26 +818,28 @@ def train(config: TrainConfig, given: dict) -> int:
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
 
         # The one wait for the device, and for all ranks
-        signals = torch.full((), float(len(stops)), device=device)
-        sums = all_reduce(torch.stack([loss, norm, signals]))
-        mean_loss, mean_norm, mean_signals = (sums / process.world_size).tolist()
-        check_finite(step, mean_loss, mean_norm, scaler, saved)
+        stopping = torch.tensor(float(len(stops)), device=device)
+        sums = all_reduce(torch.stack([loss, norm, stopping]))
+        mean_loss, mean_norm, stopping = (sums / world_size).tolist()
+        # A gradient that overflows float16 is left to the scaler, until its scale is down to 1.
+        if not math.isfinite(mean_loss) or not (math.isfinite(mean_norm) or scaler.get_scale() > 1):
+            problem = f"step {step}: loss {mean_loss}, gradient norm {mean_norm}"
+            raise FloatingPointError(f"{problem}; start again from step {saved} with a lower --max-lr")
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
 
         dt = time.perf_counter() - began
         seconds += dt
-        stop = mean_signals > 0
+        stop = stopping > 0
         if due(step, config.log_every, config.steps):
             log_update(step, mean_loss, lr, mean_norm, dt)
-        if due(step, config.sample_every, config.steps) and main_process:
-            say(f"sample:\n{sample_text(model, tokenizer, config.seed, device)}")
+        if due(step, config.sample_every, config.steps) and rank == 0:
+            print_sample()
         if due(step, config.eval_every, config.steps):
             stop = log_evaluation(step) or stop
         if stop or step == config.steps or due(step, config.checkpoint_every, config.steps):
-            save(step)
-            saved = step
+            saved = save(step)
 
     if stop:
         say(f"interrupted after step {saved}; to continue, run the same command with --resume")
@@ -949,7 +854,14 @@ def train(config: TrainConfig, given: dict) -> int:
 
 def main(argv: list[str] | None = None) -> None:
     parser = prep.new_parser(__doc__, TrainConfig)
-    config, given = parse_args(parser, argv)
+    parser.add_argument("--preset", default="gpt2", choices=PRESETS, help="settings to start from")
+    given = vars(parser.parse_args(argv))
+    config = replace(PRESETS[given.pop("preset")], **given)
+    name = Path(config.data).resolve().name
+    if config.eval_only and "data" not in given:
+        name = ""  # the newest of all runs, as in sample.py
+    given["out"] = config.out or str(Path("out") / name)
+    config = replace(config, **given)
     try:
         if not (config.resume or config.eval_only):  # else the checkpoint has most of the settings
             check_config(config)
@@ -958,11 +870,10 @@ def main(argv: list[str] | None = None) -> None:
 
     run = evaluate_only if config.eval_only else train
     advice = "leave --micro-batch-size out, or choose a smaller --model or --sequence-length"
-    lock = nullcontext()
-    if prep.is_main_process() and not config.eval_only:  # on behalf of all ranks
-        lock = prep.locked(Path(config.out))
+    writes = prep.is_main_process() and not config.eval_only
+    lock = prep.locked(Path(config.out)) if writes else nullcontext()
     with prep.one_line_errors("train.py", advice), lock:
-        code = run(config, given)
+        code = run(config, given)  # None from evaluate_only, which exits with 0
     if dist.is_initialized():
         dist.destroy_process_group()
     sys.exit(code)
