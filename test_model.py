@@ -921,12 +921,13 @@ def test_each_sequence_is_used_once_an_epoch_and_the_step_decides_which() -> Non
 def test_law_2_how_a_batch_is_divided_changes_nothing(device: str) -> None:
     command = f"{TRAIN} --init-from=start --steps=4 --grad-clip=0.5 --device={device} --no-compile"
     tolerance = 5e-5 if device == "cpu" else 1e-3  # Adam magnifies what differs in small gradients
-    ranks = start_ranks(2 if device == "cpu" else 1, f"{command} --out=ranks")
+    ranks = start_ranks(2, f"{command} --out=ranks") if device == "cpu" else None
     call(f"{command} --out=whole --micro-batch-size=16")
     call(f"{command} --out=pieces --micro-batch-size=2")
-    assert not any(ranks())
-    for other in ("pieces", "ranks"):
-        assert_same_run("whole", other, weights=tolerance, log=tolerance / 5)
+    assert_same_run("whole", "pieces", weights=tolerance, log=tolerance / 5)
+    if ranks:
+        assert ranks() == [0, 0]
+        assert_same_run("whole", "ranks", weights=tolerance, log=tolerance / 5)
 
 
 def test_law_6_losses_and_updates_are_those_of_a_plain_loop() -> None:
