@@ -33,6 +33,8 @@ if not hasattr(nn, "LinearCrossEntropyOptions"):
 
 # The architecture
 
+SHAPE = ("vocab_size", "n_layer", "n_head", "n_embd")  # named alike in config.json
+
 
 @dataclass(frozen=True)
 class GPTConfig:
@@ -47,7 +49,7 @@ class GPTConfig:
 
     def __post_init__(self) -> None:
         """Raise ValueError for an impossible shape, which may come from a file or from the command line."""
-        for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
+        for name in ("block_size", *SHAPE):
             size = getattr(self, name)
             most = 1000 if name == "n_layer" else 2**24
             if type(size) is not int or not 1 <= size <= most:
@@ -354,7 +356,6 @@ PEAK_FLOPS = {
     "NVIDIA GeForce RTX 4090": 165.2e12,
 }
 
-
 # Model directories
 
 TRANSPOSED = ("c_attn.weight", "c_fc.weight", "c_proj.weight")  # (in, out) in files
@@ -391,16 +392,11 @@ def save_model(model: GPT, directory: str | Path, tokenizer: str = "gpt2") -> No
         "tokenizer": tokenizer,
         "n_positions": config.block_size,
         "n_ctx": config.block_size,  # for llama.cpp
-        "vocab_size": config.vocab_size,
-        "n_layer": config.n_layer,
-        "n_head": config.n_head,
-        "n_embd": config.n_embd,
-        "embd_pdrop": config.dropout,
-        "attn_pdrop": config.dropout,
-        "resid_pdrop": config.dropout,
         "bos_token_id": config.vocab_size - 1,  # <|endoftext|>, the last token
         "eos_token_id": config.vocab_size - 1,
     }
+    settings |= {name: getattr(config, name) for name in SHAPE}
+    settings |= dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), config.dropout)
     (directory / "config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     shutil.copymode(directory / "config.json", directory / "model.safetensors")  # safetensors makes its file private
 
@@ -412,13 +408,8 @@ def read_config(directory: str | Path) -> tuple[GPTConfig, str]:
     try:
         # Unlike the other settings, the model type has no default.
         settings = {"model_type": None} | json.loads(path.read_text(encoding="utf-8"))
-        config = GPTConfig(
-            block_size=settings["n_positions"],
-            vocab_size=settings["vocab_size"],
-            n_layer=settings["n_layer"],
-            n_head=settings["n_head"],
-            n_embd=settings["n_embd"],
-        )
+        shape = {name: settings[name] for name in SHAPE}
+        config = GPTConfig(settings["n_positions"], **shape)
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{path} does not describe a GPT-2: {error!r}") from error
     for name, wanted in GPT2_SETTINGS.items():

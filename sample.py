@@ -90,16 +90,9 @@ def print_samples(
     """Print the first sample as it is generated, then the others, each below a line of dashes."""
     prompt_tokens = encode_prompt(prompt, tokenizer, model.config.block_size)
     began = time.perf_counter()
-    generated = gpt.generate(
-        model,
-        torch.tensor([prompt_tokens] * args.num_samples, device=generator.device),
-        args.max_new_tokens,
-        temperature=args.temperature,
-        top_k=args.top_k,
-        top_p=args.top_p,
-        generator=generator,
-        stop_token=tokenizer.eot_token,
-    )
+    prompts = torch.tensor([prompt_tokens] * args.num_samples, device=generator.device)
+    choice = (args.temperature, args.top_k, args.top_p, generator)
+    generated = gpt.generate(model, prompts, args.max_new_tokens, *choice, stop_token=tokenizer.eot_token)
     columns = []  # per step, the next token of every sample
     decode = stream_decoder(tokenizer)
     print(prompt, end="", flush=True)

@@ -6,9 +6,8 @@ Train a GPT-2 on token shards: on a CPU, on one GPU, or on many under torchrun.
     python train.py --preset demo                         # two minutes on a CPU
     python train.py --eval-only --init-from gpt2          # evaluate OpenAI's model
 
-Reads token shards from prepare_data.py or llm.c; writes `metrics.jsonl` and checkpoints `step_NNNNNN/` to --out.
-The batch of an update depends only on the seed and the step: resumed on a different number of GPUs, a run without
-dropout is still the same run.
+Reads token shards from prepare_data.py or llm.c; writes `metrics.jsonl` and checkpoints `step_NNNNNN/` to --out. The
+batch of an update depends only on the seed and the step, so that any number of GPUs can resume a run.
 """
 
 import json
@@ -122,10 +121,9 @@ def check_config(config: TrainConfig) -> None:
         raise ValueError(f"--min-lr {config.min_lr} must not exceed --max-lr {config.max_lr}")
     if config.warmup_steps >= config.steps:
         raise ValueError(f"--warmup-steps {config.warmup_steps} must be below --steps {config.steps}")
-    total = config.total_batch_tokens
     pass_tokens = config.sequence_length * max(1, config.micro_batch_size) * read_environment("WORLD_SIZE", 1)
-    if total % pass_tokens:
-        raise ValueError(f"--total-batch-tokens {total} is not a multiple of {pass_tokens}, a micro-batch per device")
+    if config.total_batch_tokens % pass_tokens:
+        raise ValueError(f"--total-batch-tokens must be a multiple of {pass_tokens}, a micro-batch per device")
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:
@@ -301,7 +299,7 @@ def identify_shards(data: Path, splits: list[Split | None], saved: dict) -> dict
     return shards
 
 
-# Checkpoints
+# Checkpoints and the log
 
 
 def save_checkpoint(out: Path, model: GPT, trainer: dict, tokenizer: str, files: dict) -> Path:
@@ -378,9 +376,6 @@ def load_trainer(checkpoint: Path, given: dict) -> dict:
     if changes and not trainer["config"].eval_only:
         raise ValueError(f"cannot resume {checkpoint}: {'; '.join(changes)}; use --init-from and another --out")
     return trainer
-
-
-# The log
 
 
 def read_log(out: Path) -> list[dict]:
@@ -483,13 +478,12 @@ def open_evaluation(config: TrainConfig, split: Split, tokenizer: tiktoken.Encod
     sets = [EvalSet("val", torch.from_numpy(rows), [T] * count, text_bytes)]
     for name in prep.EVALUATION_SETS:
         path = Path(config.data).parent / name / prep.FILES[name].name
-        if not config.eval_tasks or not path.exists():
-            continue
-        tasks = read_tasks(name, path, tokenizer, config.eval_tasks)
-        if max(tasks.counts) <= block_size:
-            sets.append(tasks)
-        else:
-            say(f"{name} is left out: an ending is longer than the model's context", sys.stderr)
+        if config.eval_tasks and path.exists():
+            tasks = read_tasks(name, path, tokenizer, config.eval_tasks)
+            if max(tasks.counts) <= block_size:
+                sets.append(tasks)
+            else:
+                say(f"{name} is left out: an ending is longer than the model's context", sys.stderr)
     return sets
 
 
@@ -564,20 +558,20 @@ def evaluate(model: GPT, sets: list[EvalSet], process: Process) -> dict | None:
 def build_model(config: TrainConfig, source: Path | None, tokenizer: tiktoken.Encoding) -> GPT:
     """The model in the directory `source`, else a new one. Raises ValueError when it does not fit the data."""
     T = config.sequence_length
+    used = tokenizer.n_vocab
     if source is None:
         size = MODEL_SIZES[config.model]
         names = ("n_layer", "n_head", "n_embd")
         given = {name: getattr(config, name) for name in names if getattr(config, name)}
-        return GPT(replace(size, block_size=T, vocab_size=tokenizer.n_vocab, dropout=config.dropout, **given))
+        return GPT(replace(size, block_size=T, vocab_size=used, dropout=config.dropout, **given))
     shape, tokenizer_name = gpt.read_config(source)
     if tokenizer_name != tokenizer.name:
         raise ValueError(f"{source} needs data prepared with --tokenizer {tokenizer_name}; {config.data} is not")
     if shape.block_size < T:
         raise ValueError(f"--sequence-length {T} exceeds {source}'s context of {shape.block_size}")
-    if shape.vocab_size > tokenizer.n_vocab:
-        size = shape.vocab_size
-        say(f"{source} has a vocabulary of {size}; the {tokenizer.n_vocab} tokens of {tokenizer.name} are used")
-    return gpt.load_model(source, config.dropout, tokenizer.n_vocab)
+    if shape.vocab_size > used:
+        say(f"{source} has {shape.vocab_size} tokens, of which the first {used} are used")
+    return gpt.load_model(source, config.dropout, used)
 
 
 def pass_over_zeros(runner: Any, size: int, T: int, process: Process, sync: bool) -> None:
@@ -603,11 +597,10 @@ def find_micro_batch_size(config: TrainConfig, model: GPT, runner: Any, process:
     parameters = gpt.parameter_count(model)
 
     def fits(size: int) -> bool:
-        """Whether there is room for a pass, beside the optimizer's two moments and the accumulated gradients."""
-        # The rest is for evaluation, samples and fragmentation.
-        torch.cuda.set_per_process_memory_fraction(0.9)
+        """Whether a pass leaves room for the optimizer's two moments, accumulated gradients, and a tenth to spare."""
+        _, memory = torch.cuda.mem_get_info()
         try:
-            reserved = torch.empty(3 * parameters, device=process.device)
+            reserved = torch.empty(12 * parameters + memory // 10, dtype=torch.uint8, device=process.device)
             pass_over_zeros(runner, size, T, process, sync=False)
             del reserved
             return True
@@ -615,7 +608,6 @@ def find_micro_batch_size(config: TrainConfig, model: GPT, runner: Any, process:
             return False
         finally:
             torch.cuda.empty_cache()
-            torch.cuda.set_per_process_memory_fraction(1.0)
             torch.cuda.reset_peak_memory_stats()  # so that the log shows the peak of training
 
     share = config.total_batch_tokens // T // process.world_size  # this rank's, in sequences
@@ -693,8 +685,7 @@ def train(config: TrainConfig, given: dict) -> int:
     process = start_process(config)
     rank, world_size, device, dtype, autocast, stops = process
     if any(seen != (step, shards) for seen in gather((step, shards))):
-        problem = f"the ranks see different files in {out} or {data}"
-        raise FileNotFoundError(f"{problem}; share the first, and put the same data on each machine")
+        raise FileNotFoundError(f"the ranks see different files in {out} or {data}; let all machines see the same")
     model.to(device).train()
     compiled = config.compile
     if compiled is None:
@@ -731,7 +722,9 @@ def train(config: TrainConfig, given: dict) -> int:
 
     # What the loop does now and then
     sets = open_evaluation(config, val_split, tokenizer, model.config.block_size) if val_split else []
-    peak_flops = gpt.PEAK_FLOPS.get(torch.cuda.get_device_name()) if device.type == "cuda" else None
+    peak_flops = None
+    if device.type == "cuda" and dtype != torch.float32:
+        peak_flops = gpt.PEAK_FLOPS.get(torch.cuda.get_device_name())
     flops_per_token = gpt.flops_per_token(replace(model.config, block_size=T))
     tokenizer_files = prep.tokenizer_files(tokenizer.name, model.config.block_size)
 
@@ -748,12 +741,12 @@ def train(config: TrainConfig, given: dict) -> int:
         entry["grad_norm"] = norm if math.isfinite(norm) else None
         entry["tokens_per_second"] = rate
         line = f"step {step}  loss {loss:.4f}  lr {lr:.1e}  norm {norm:.2f}  {rate:,.0f} tok/s"
-        if peak_flops and dtype != torch.float32:
+        if peak_flops:
             entry["mfu"] = rate * flops_per_token / (peak_flops * world_size)
             line += f"  mfu {entry['mfu']:.0%}"
         record(entry)
-        remaining_seconds = int((config.steps - step) * dt)
-        say(f"{line}  {timedelta(seconds=remaining_seconds)} left")
+        left = timedelta(seconds=int((config.steps - step) * dt))
+        say(f"{line}  {left} left")
 
     def print_sample() -> None:
         """Print up to 100 tokens of unconditional text."""
