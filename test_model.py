@@ -1261,7 +1261,7 @@ def test_law_8_another_programs_data_is_recognized_by_name_and_size(monkeypatch:
     save_random("start", 32, "gpt2", 50304)
     command = f"{TRAIN} --steps=3 --init-from=start --data=theirs"
     said, _ = call(command)
-    assert "a vocabulary of 50304; the 50257 tokens of gpt2 are used" in said
+    assert "start has 50304 tokens, of which the first 50257 are used" in said
     assert gpt.read_config("out/step_000003")[0].vocab_size == 50257
     assert Path("out/step_000003/vocab.json").read_text() == "encoder.json"
     prep.add_checksums(Path("theirs"), os.listdir("theirs"))
