@@ -27,8 +27,8 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, fields
-from functools import cache
+from dataclasses import Field, dataclass, field, fields
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -64,8 +64,7 @@ def get_tokenizer(name: str, thread: int = 0) -> tiktoken.Encoding:
     pattern = r"(?s:.{1,512})"
     ranks = {bytes([byte]): byte for byte in range(256)}
     if name == "gpt2":
-        advice = "connect to the Internet, or set TIKTOKEN_CACHE_DIR to a cache that contains it"
-        with fetching("GPT-2's tokenizer", advice):
+        with fetching("GPT-2's tokenizer, which is not in TIKTOKEN_CACHE_DIR,"):
             # In a thread, since tiktoken has no timeout of its own.
             ranks = begin(tiktoken.get_encoding, name).result(timeout=120)._mergeable_ranks
         pattern = GPT2_PATTERN
@@ -76,15 +75,13 @@ def get_tokenizer(name: str, thread: int = 0) -> tiktoken.Encoding:
 @cache
 def token_bytes(tokenizer: tiktoken.Encoding) -> np.ndarray:
     """How many bytes of UTF-8 each token stands for: (vocab_size,) uint16, 0 for <|endoftext|>."""
-    tokens = tokenizer.decode_tokens_bytes(range(tokenizer.n_vocab))
-    sizes = np.array([len(token) for token in tokens], dtype=np.uint16)
-    sizes[tokenizer.eot_token] = 0
-    return sizes
+    tokens = tokenizer.decode_tokens_bytes(range(tokenizer.eot_token))  # all but the last
+    return np.array([*map(len, tokens), 0], dtype=np.uint16)
 
 
 def tokenizer_files(name: str, block_size: int) -> dict:
     """The files of a tokenizer by name, as transformers reads them."""
-    config = {"tokenizer_class": "GPT2Tokenizer", "model_max_length": block_size}
+    config = json.dumps({"tokenizer_class": "GPT2Tokenizer", "model_max_length": block_size}).encode()
     if name == "gpt2":
         # OpenAI's own files, which get_tokenizer() has put in tiktoken's cache.
         vocab = read_file_cached(f"{GPT2_ENCODING}/encoder.json")
@@ -92,12 +89,9 @@ def tokenizer_files(name: str, block_size: int) -> dict:
     else:
         # GPT-2 writes each byte as a character: printable ones as in Latin-1, the others from chr(256) on.
         others = [*range(33), *range(127, 161), 173]
-        characters = [chr(byte) for byte in range(256)]
-        for i, byte in enumerate(others):
-            characters[byte] = chr(256 + i)
-        vocab = json.dumps({text: i for i, text in enumerate([*characters, END_OF_TEXT])}).encode()
+        spelled = [chr(256 + others.index(byte) if byte in others else byte) for byte in range(256)]
+        vocab = json.dumps({text: token for token, text in enumerate([*spelled, END_OF_TEXT])}).encode()
         merges = b"#version: 0.2\n"
-    config = json.dumps(config).encode()
     return {"vocab.json": vocab, "merges.txt": merges, "tokenizer_config.json": config}
 
 
@@ -174,21 +168,22 @@ def read_batches(path: Path) -> Iterator:
     yield batch
 
 
-def cut_white_space(text: str) -> list[str]:
+def cut_white_space(text: str) -> Iterator:
     """Cut a text into parts whose tokens, put together, are the tokens of the text. tiktoken's regular expression
     overflows its stack on a few hundred thousand spaces in a row, so each long run is cut before its last character,
     where GPT-2's pattern splits anyway. A run that ends the text is left whole, since the pattern does not split it."""
     # \x1c to \x1f are white space to Python, but not to Rust.
     spaces = re.compile(r"[^\S\x1c-\x1f]*")
-    cuts = [0]
+    start = 0
     position = 0
     # Looking once every 1,000 characters finds every run of 2,000.
     while position < len(text):
         end = spaces.match(text, position).end()
-        if end >= position + 1000 and end < len(text):
-            cuts.append(end - 1)
+        if position + 1000 <= end < len(text):
+            yield text[start : end - 1]
+            start = end - 1
         position = end + 1000
-    return [text[start:end] for start, end in itertools.pairwise([*cuts, len(text)])]
+    yield text[start:]
 
 
 def tokenize(texts: list[str], tokenizer: tiktoken.Encoding) -> np.ndarray:
@@ -232,25 +227,22 @@ def get(url: str, first: int = 0) -> requests.Response:
     session.auth = lambda request: request  # or .netrc's password would replace the token
     transient = (408, 429, 500, 502, 503, 504)
     waits = {"backoff_factor": 1, "backoff_max": 60, "retry_after_max": 60}
-    retries = Retry(8, connect=2, read=2, status_forcelist=transient, raise_on_status=False, **waits)
     for adapter in session.adapters.values():
-        adapter.max_retries = retries
+        adapter.max_retries = Retry(8, connect=2, read=2, status_forcelist=transient, raise_on_status=False, **waits)
     response = session.get(url, headers=headers, stream=True, timeout=(10, 30))
     if not response.ok:
         raise requests.HTTPError(f"the server answered {response.status_code}")
     return response
 
 
-ADVICE = "check --subset, HF_ENDPOINT and your proxy, set HF_TOKEN, or run the command again to continue"
-
-
 @contextmanager
-def fetching(name: str, advice: str = ADVICE) -> Iterator:
+def fetching(name: str) -> Iterator:
     """Turn any failure of a request into an OSError that says what to do."""
     try:
         yield
     except (requests.RequestException, HTTPError, TimeoutError, ValueError) as error:
         problem = error if isinstance(error, requests.HTTPError) else type(error).__name__
+        advice = "check --subset, HF_ENDPOINT, HF_TOKEN and your connection, or run the command again to continue"
         raise OSError(f"{name} could not be fetched: {problem}; {advice}") from error
 
 
@@ -263,12 +255,10 @@ def list_hub(repository: str, folder: str = "") -> list:
     files = set()
     while url:
         status(f"fetching {name}")
-        page = b""
         with fetching(name), get(url) as response:
-            for piece in iter(lambda: response.raw.read1(1 << 16), b""):
-                page += piece
-                if time.monotonic() > deadline:
-                    raise TimeoutError
+            page = response.content
+            if time.monotonic() > deadline:
+                raise TimeoutError
         with reading(name):
             for entry in json.loads(page):
                 path = str(entry["path"])
@@ -326,11 +316,9 @@ def tokenize_in_order(files: list, paths: list, start: list, tokenizer_name: str
     """(place, tokens) of each batch of documents, in order from `start` on: [file, batch within it], and (n,) uint16.
     Threads tokenize ahead (tiktoken releases the GIL) while another downloads the next file to its path."""
 
-    def fetch(index: int) -> Path:
-        return download(files[index], paths[index])
-
     def read() -> Iterator:
-        fetched = in_background(fetch, range(start[0], len(files)), ahead=1)
+        indices = range(start[0], len(files))
+        fetched = in_background(lambda index: download(files[index], paths[index]), indices, ahead=1)
         for index, path in enumerate(fetched, start[0]):
             for i, texts in enumerate(read_batches(path)):
                 if [index, i] >= start:
@@ -352,30 +340,15 @@ SHARD_MAGIC = (20240520, 1)  # and the version of the format
 HEADER_BYTES = 1024
 
 
-def read_header(path: Path) -> int:
-    """The number of tokens in a shard. Raises ValueError if the shard is not intact."""
-    if not path.is_file():
-        raise ValueError(f"{path} is missing, or not a regular file")
-    size = path.stat().st_size
-    tokens = (size - HEADER_BYTES) // 2
-    header = np.fromfile(path, dtype="<i4", count=3).tolist()
-    if header != [*SHARD_MAGIC, tokens] or size % 2 or tokens < 1:
-        raise ValueError(f"{path} is damaged, empty, or not a token shard: {size:,} bytes")
-    return tokens
-
-
 class Split(NamedTuple):
     """A split's shards, cut into sequences of T + 1 tokens. Neighbors share one token; a remainder is unused."""
 
     paths: list[Path]
     tokens: list[int]  # in each shard
     first: np.ndarray  # (shards + 1,) int64: each shard's first sequence, and the total
+    sequences: int  # the total
     sequence_length: int  # T
     vocab_size: int
-
-    @property
-    def sequences(self) -> int:
-        return int(self.first[-1])
 
 
 def read_tokenizer_name(directory: Path) -> str:
@@ -396,35 +369,33 @@ def read_tokenizer_name(directory: Path) -> str:
 
 
 def is_of_split(file: str, split: str) -> bool:
-    """Whether a shard's name says so: `SPLIT_000000.bin`, modded-nanogpt's `*_SPLIT_000000.bin`, llm.c's
-    `*_SPLIT.bin`."""
+    """Whether a shard's name is `SPLIT_000000.bin`, modded-nanogpt's `*_SPLIT_000000.bin` or llm.c's `*_SPLIT.bin`."""
     return re.search(rf"(^|_){split}(_\d+)?\.bin$", file) is not None
 
 
 def open_split(directory: Path, name: str, sequence_length: int) -> Split:
     """Read the headers of the shards of a split, "train" or "val". Raises ValueError for shards that are missing,
-    damaged, unlisted or too short, FileNotFoundError for none."""
+    damaged, unlisted or too short."""
     vocab_size = VOCAB_SIZES[read_tokenizer_name(directory)]
-    paths = [path for path in sorted(directory.glob("*.bin")) if is_of_split(path.name, name)]
-    found = {path.name for path in paths}
     listed = read_checksums(directory)
-    expected = {file for file in listed if is_of_split(file, name)}
-    if listed and found != expected:
-        raise ValueError(
-            f"{directory / min(found ^ expected)} is missing, or not in SHA256SUMS; "
-            "restore it, or prepare the data again with another --out"
-        )
-    if not paths:
-        raise FileNotFoundError(f"{directory} contains no {name} shards; run prepare_data.py first")
-    tokens = [read_header(path) for path in paths]
-    sequences = [(count - 1) // sequence_length for count in tokens]
-    first = np.cumsum([0, *sequences], dtype=np.int64)
-    if first[-1] == 0:
-        raise ValueError(
-            f"no {name} shard of {directory} has {sequence_length + 1} tokens; "
-            "use more text, or a shorter --sequence-length"
-        )
-    return Split(paths, tokens, first, sequence_length, vocab_size)
+    found = {path.name for path in directory.glob("*.bin")}
+    paths = [directory / file for file in sorted(found | listed.keys()) if is_of_split(file, name)]
+    tokens = []
+    for path in paths:
+        if not path.is_file() or (listed and path.name not in listed):
+            advice = "restore it, or prepare the data again with another --out"
+            raise ValueError(f"{path} is missing, or not in SHA256SUMS; {advice}")
+        size = path.stat().st_size
+        header = np.fromfile(path, dtype="<i4", count=3).tolist()
+        if header != [*SHARD_MAGIC, (size - HEADER_BYTES) / 2] or size <= HEADER_BYTES:
+            raise ValueError(f"{path} is damaged, empty, or not a token shard: {size:,} bytes")
+        tokens.append(header[2])
+    first = np.cumsum([0, *((count - 1) // sequence_length for count in tokens)], dtype=np.int64)
+    sequences = int(first[-1])
+    if sequences == 0:
+        problem = f"{directory} has no {name} shards of {sequence_length + 1} tokens or more"
+        raise ValueError(f"{problem}; run prepare_data.py, or use a shorter --sequence-length")
+    return Split(paths, tokens, first, sequences, sequence_length, vocab_size)
 
 
 def read_sequences(split: Split, indices: np.ndarray) -> np.ndarray:
@@ -739,13 +710,13 @@ def one_line_errors(script: str, memory_advice: str) -> Iterator:
     except BrokenPipeError:  # the reader has closed the pipe
         sys.stdout = None  # or Python would flush it at exit, and fail again
         sys.exit(0)
-    except (ValueError, OSError, FloatingPointError, MemoryError, ModuleNotFoundError, RuntimeError) as error:
+    except Exception as error:
         problem = printable(" ".join(str(error).split())) or type(error).__name__
         if isinstance(error, ModuleNotFoundError):
             problem += f"; pip install {error.name}"
         elif re.search("MemoryError|out of memory|allocate memory|start new thread", problem):
             problem = f"out of memory, or of threads; {memory_advice}"
-        elif isinstance(error, RuntimeError):
+        elif not isinstance(error, ValueError | OSError | FloatingPointError | MemoryError):
             raise
         status("")
         # In one write, since other ranks write too.
@@ -789,37 +760,31 @@ def option(default: Any, help: str, least: float = 0, most: float = 2**31 - 1, c
 def new_parser(doc: str, settings: type) -> argparse.ArgumentParser:
     """A parser with an option for each field of a dataclass. It returns only those that are given, reports errors in
     one line, and describes a script by the first line of its docstring."""
-    parser = argparse.ArgumentParser(
-        usage=argparse.SUPPRESS,
-        description=doc.splitlines()[1],
-        argument_default=argparse.SUPPRESS,
-        allow_abbrev=False,
-    )
+    parser = argparse.ArgumentParser(description=doc.splitlines()[1], allow_abbrev=False)
+    parser.usage = argparse.SUPPRESS
+    parser.argument_default = argparse.SUPPRESS
     for item in fields(settings):
         how = {"action": argparse.BooleanOptionalAction}
         if item.type is str:
             how = {"choices": item.metadata["choices"]}
         elif item.type is tuple:
-            how = {"nargs": "+", "metavar": "FILE"}
+            how = {"nargs": "+"}
         elif item.type in (int, float):
-            how = {"type": number(item.type, *item.metadata["range"])}
+            how = {"type": partial(number, item)}
         parser.add_argument(f"--{item.name}".replace("_", "-"), help=item.metadata["help"], **how)
     return parser
 
 
-def number(kind: type, least: float, most: float) -> Callable:
-    """A parser of command-line values, int or float, in a range: 1000000, 100_000, 500k, 100M or 10B."""
-
-    def parse(text: str) -> Any:
-        scale = {"k": 10**3, "m": 10**6, "b": 10**9}.get(text[-1:].lower())
-        with suppress(ValueError, OverflowError):
-            value = kind(float(text[:-1]) * scale) if scale else kind(text)
-            if least <= value <= most:
-                return value
-        wanted = "an integer" if kind is int else "a number"
-        raise argparse.ArgumentTypeError(f"must be {wanted} from {least:,} to {most:,}, not {text[:40]}")
-
-    return parse
+def number(item: Field, text: str) -> int | float:
+    """The value of an option in its range, from 1000000, 100_000, 500k, 100M or 10B."""
+    least, most = item.metadata["range"]
+    scale = {"k": 10**3, "m": 10**6, "b": 10**9}.get(text[-1:].lower())
+    with suppress(ValueError, OverflowError):
+        value = item.type(float(text[:-1]) * scale) if scale else item.type(text)
+        if least <= value <= most:
+            return value
+    wanted = "an integer" if item.type is int else "a number"
+    raise argparse.ArgumentTypeError(f"must be {wanted} from {least:,} to {most:,}, not {text[:40]}")
 
 
 def begin(function: Callable, *args: Any) -> Future:
