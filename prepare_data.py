@@ -38,9 +38,9 @@ try:
     import numpy as np
     import requests
     import tiktoken
+    from requests.adapters import Retry
+    from requests.exceptions import ChunkedEncodingError
     from tiktoken.load import read_file_cached
-    from urllib3.exceptions import HTTPError
-    from urllib3.util import Retry
 except ImportError as error:
     advice = "on Windows, use WSL" if error.name == "fcntl" else "pip install -r requirements.txt"
     sys.exit(f"{Path(sys.argv[0]).name}: error: {error}; {advice}")
@@ -59,8 +59,8 @@ GPT2_PATTERN = r"(?:'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s
 
 @cache
 def get_tokenizer(name: str, thread: int = 0) -> tiktoken.Encoding:
-    """The tokenizer "gpt2", fetched once, or "byte": the 256 byte values and <|endoftext|>. Each thread asks for its
-    own, since threads that shared one would wait for its scratch memory. Raises OSError if it cannot be fetched."""
+    """The tokenizer "gpt2" or "byte" (the 256 byte values and <|endoftext|>); each thread asks for its own, or they
+    would wait for each other. Raises OSError if it cannot be fetched."""
     pattern = r"(?s:.{1,512})"
     ranks = {bytes([byte]): byte for byte in range(256)}
     if name == "gpt2":
@@ -68,7 +68,7 @@ def get_tokenizer(name: str, thread: int = 0) -> tiktoken.Encoding:
             # In a thread, since tiktoken has no timeout of its own.
             ranks = begin(tiktoken.get_encoding, name).result(timeout=120)._mergeable_ranks
         pattern = GPT2_PATTERN
-    special = {END_OF_TEXT: VOCAB_SIZES[name] - 1}
+    special = {END_OF_TEXT: len(ranks)}
     return tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
 
 
@@ -139,8 +139,7 @@ READERS = {".txt": read_txt, ".jsonl": read_jsonl, ".gz": read_jsonl, ".parquet"
 
 
 def read_batches(path: Path) -> Iterator:
-    """The non-empty documents of a file, in batches of at least BATCH_CHARACTERS (except the last). Raises ValueError,
-    naming the line, for a damaged, non-Unicode or oversized document."""
+    """The non-empty documents of a file, in batches of BATCH_CHARACTERS or more. Raises ValueError for a bad one."""
     batch = []
     length = 0
     line = 1
@@ -169,9 +168,9 @@ def read_batches(path: Path) -> Iterator:
 
 
 def cut_white_space(text: str) -> Iterator:
-    """Cut a text into parts whose tokens, put together, are the tokens of the text. tiktoken's regular expression
-    overflows its stack on a few hundred thousand spaces in a row, so each long run is cut before its last character,
-    where GPT-2's pattern splits anyway. A run that ends the text is left whole, since the pattern does not split it."""
+    """Cut a text into parts that have the same tokens as the whole. tiktoken's regular expression overflows its stack
+    on a few hundred thousand spaces in a row, so each long run is cut before its last character, where GPT-2's pattern
+    splits anyway (but not at the end of a text)."""
     # \x1c to \x1f are white space to Python, but not to Rust.
     spaces = re.compile(r"[^\S\x1c-\x1f]*")
     start = 0
@@ -210,8 +209,7 @@ class RawFile(NamedTuple):
 
 
 def get(url: str, first: int = 0) -> requests.Response:
-    """Request a page, or a file from byte `first` on; HF_TOKEN is sent to the hub alone. Raises RequestException, also
-    for an HF_ENDPOINT that is no address or contains a password (the message does not repeat it)."""
+    """Request a page, or a file from byte `first` on; HF_TOKEN is sent to the hub alone. Raises RequestException."""
     hub = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
     if not re.fullmatch(r"https?://[^/@\s]+(/[^@\s]*)?", hub):
         raise requests.HTTPError("HF_ENDPOINT must be an address, without a password")
@@ -225,7 +223,7 @@ def get(url: str, first: int = 0) -> requests.Response:
         headers["Authorization"] = f"Bearer {token}"
     session = requests.Session()
     session.auth = lambda request: request  # or .netrc's password would replace the token
-    transient = (408, 429, 500, 502, 503, 504)
+    transient = (408, 429, *range(500, 600))
     waits = {"backoff_factor": 1, "backoff_max": 60, "retry_after_max": 60}
     for adapter in session.adapters.values():
         adapter.max_retries = Retry(8, connect=2, read=2, status_forcelist=transient, raise_on_status=False, **waits)
@@ -240,7 +238,7 @@ def fetching(name: str) -> Iterator:
     """Turn any failure of a request into an OSError that says what to do."""
     try:
         yield
-    except (requests.RequestException, HTTPError, TimeoutError, ValueError) as error:
+    except (requests.RequestException, TimeoutError, ValueError) as error:
         problem = error if isinstance(error, requests.HTTPError) else type(error).__name__
         advice = "check --subset, HF_ENDPOINT, HF_TOKEN and your connection, or run the command again to continue"
         raise OSError(f"{name} could not be fetched: {problem}; {advice}") from error
@@ -272,22 +270,21 @@ def receive(file: RawFile, out: BinaryIO) -> None:
     """Append to `out` what it lacks; if the server ignores ranges, start again from the first byte."""
     with get(file.url, out.tell()) as response:
         if response.status_code != 206:
-            out.truncate(0)
-        have = out.seek(0, os.SEEK_END)
-        while have < file.size:
-            piece = response.raw.read1(1 << 20)  # whatever has arrived
-            if not piece:
-                raise requests.ConnectionError("the server closed the connection early")
-            have += out.write(piece)
-            status(f"fetching {file.name}: {have / 1e6:,.0f} of {file.size / 1e6:,.0f} MB")
+            out.seek(0)
+            out.truncate()
+        for piece in response.iter_content(1 << 14):  # as much as may be lost if it breaks off
+            out.write(piece)
+            status(f"fetching {file.name}: {out.tell() / 1e6:,.0f} of {file.size / 1e6:,.0f} MB")
+    if out.tell() < file.size:
+        raise requests.ConnectionError("the server closed the connection early")
 
 
 def download(file: RawFile, path: Path) -> Path:
-    """Fetch a file to `path` by way of `path`.part, which an earlier attempt may have left; give up after 8 attempts
-    without progress. A local file, or one already there with the right sha256, is not fetched. Raises OSError."""
+    """Fetch a file to `path`, by way of `path`.part, unless it is there, or local. Raises OSError, after 8 attempts
+    without progress."""
     if not file.url:
         return Path(file.name)
-    if file.sha256 and path.is_file() and sha256_of(path) == file.sha256:
+    if path.is_file() and sha256_of(path) == file.sha256:
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
@@ -298,10 +295,10 @@ def download(file: RawFile, path: Path) -> Path:
             try:
                 receive(file, out)
             # Any other error, such as a refusal or an odd address, would be the same again.
-            except (requests.ConnectionError, requests.Timeout, HTTPError) as error:
+            except (requests.ConnectionError, requests.Timeout, ChunkedEncodingError) as error:
                 failures = 0 if out.tell() > furthest else failures + 1
                 furthest = max(furthest, out.tell())
-                if failures == 8 or isinstance(error, ValueError):
+                if failures == 8:
                     raise
                 say(f"fetching {file.name}: {type(error).__name__}; trying again", sys.stderr)
                 time.sleep(min(60.0, 2.0**failures - 1))
@@ -352,8 +349,8 @@ class Split(NamedTuple):
 
 
 def read_tokenizer_name(directory: Path) -> str:
-    """The name of the tokenizer of a data directory, from meta.json. Shards without one are taken to be another
-    program's, in GPT-2's tokens. Raises ValueError for incomplete or damaged data."""
+    """The name of a data directory's tokenizer, from meta.json; that of other programs' shards, which have none, is
+    GPT-2's. Raises ValueError for incomplete or damaged data."""
     path = directory / "meta.json"
     # SHA256SUMS lists meta.json once the directory is complete.
     if path.name not in read_checksums(directory):
@@ -374,15 +371,14 @@ def is_of_split(file: str, split: str) -> bool:
 
 
 def open_split(directory: Path, name: str, sequence_length: int) -> Split:
-    """Read the headers of the shards of a split, "train" or "val". Raises ValueError for shards that are missing,
-    damaged, unlisted or too short."""
+    """Open the shards of "train" or "val". Raises ValueError if they are missing, damaged, unlisted or too short."""
     vocab_size = VOCAB_SIZES[read_tokenizer_name(directory)]
-    listed = read_checksums(directory)
     found = {path.name for path in directory.glob("*.bin")}
-    paths = [directory / file for file in sorted(found | listed.keys()) if is_of_split(file, name)]
+    listed = read_checksums(directory) or found  # another program's shards have no checksums
+    paths = [directory / file for file in sorted(found.union(listed)) if is_of_split(file, name)]
     tokens = []
     for path in paths:
-        if not path.is_file() or (listed and path.name not in listed):
+        if path.name not in listed or not path.is_file():
             advice = "restore it, or prepare the data again with another --out"
             raise ValueError(f"{path} is missing, or not in SHA256SUMS; {advice}")
         size = path.stat().st_size
@@ -401,8 +397,8 @@ def open_split(directory: Path, name: str, sequence_length: int) -> Split:
 def read_sequences(split: Split, indices: np.ndarray) -> np.ndarray:
     """The sequences with these indices: (n, T + 1) int64. Raises ValueError for a truncated or foreign shard."""
     T = split.sequence_length
-    sequences = np.empty((len(indices), T + 1), dtype=np.int64)
-    for row, index in enumerate(indices):
+    sequences = []
+    for index in indices:
         shard = np.searchsorted(split.first, index, side="right") - 1
         path = split.paths[shard]
         start = HEADER_BYTES + 2 * T * int(index - split.first[shard])
@@ -413,8 +409,8 @@ def read_sequences(split: Split, indices: np.ndarray) -> np.ndarray:
         largest = tokens.max()
         if largest >= split.vocab_size:
             raise ValueError(f"{path} contains token {largest}; the vocabulary has {split.vocab_size}")
-        sequences[row] = tokens
-    return sequences
+        sequences.append(tokens)
+    return np.array(sequences, dtype=np.int64)
 
 
 # Corpora and evaluation sets
@@ -725,8 +721,8 @@ def one_line_errors(script: str, memory_advice: str) -> Iterator:
 
 
 def printable(text: str) -> str:
-    """Escape control characters, which a terminal would obey."""
-    return "".join(c if c.isprintable() or c in "\n\t" else f"\\x{ord(c):02x}" for c in text)
+    """Replace control characters, which a terminal would obey."""
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "?", text)
 
 
 def is_main_process() -> bool:
@@ -758,8 +754,7 @@ def option(default: Any, help: str, least: float = 0, most: float = 2**31 - 1, c
 
 
 def new_parser(doc: str, settings: type) -> argparse.ArgumentParser:
-    """A parser with an option for each field of a dataclass. It returns only those that are given, reports errors in
-    one line, and describes a script by the first line of its docstring."""
+    """A parser with an option for each field of a dataclass; it returns only those that are given."""
     parser = argparse.ArgumentParser(description=doc.splitlines()[1], allow_abbrev=False)
     parser.usage = argparse.SUPPRESS
     parser.argument_default = argparse.SUPPRESS
@@ -775,7 +770,7 @@ def new_parser(doc: str, settings: type) -> argparse.ArgumentParser:
     return parser
 
 
-def number(item: Field, text: str) -> int | float:
+def number(item: Field, text: str) -> float:
     """The value of an option in its range, from 1000000, 100_000, 500k, 100M or 10B."""
     least, most = item.metadata["range"]
     scale = {"k": 10**3, "m": 10**6, "b": 10**9}.get(text[-1:].lower())
@@ -783,8 +778,9 @@ def number(item: Field, text: str) -> int | float:
         value = item.type(float(text[:-1]) * scale) if scale else item.type(text)
         if least <= value <= most:
             return value
-    wanted = "an integer" if item.type is int else "a number"
-    raise argparse.ArgumentTypeError(f"must be {wanted} from {least:,} to {most:,}, not {text[:40]}")
+    raise argparse.ArgumentTypeError(
+        f"must be a number ({item.type.__name__}) from {least:,} to {most:,}, not {text[:40]}"
+    )
 
 
 def begin(function: Callable, *args: Any) -> Future:
