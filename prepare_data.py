@@ -6,9 +6,9 @@ Download text and turn it into token shards in `data/NAME`; also download the ev
     python prepare_data.py --input corpus.jsonl --out data/mine
 
 The corpus is one stream of tokens, each document preceded by <|endoftext|>: the first --val-tokens for validation, the
-rest for training, both cut into shards `val_000000.bin`, `train_000000.bin`, ... Shards have llm.c's format: a header
-of 256 int32 (20240520, 1, the number of tokens, zeros), then uint16 tokens, little-endian. `meta.json` says what each
-split contains and where to continue; `SHA256SUMS` covers the shards and, once the directory is complete, meta.json.
+rest for training, both cut into shards `val_000000.bin`, `train_000000.bin`, ... in llm.c's format: 256 int32
+(20240520, 1, the number of tokens, zeros), then uint16 tokens, little-endian. `meta.json` says what each split contains
+and where to continue; `SHA256SUMS` covers the shards and, once the directory is complete, meta.json.
 """
 
 import argparse
@@ -39,7 +39,6 @@ try:
     import requests
     import tiktoken
     from requests.adapters import Retry
-    from requests.exceptions import ChunkedEncodingError
     from tiktoken.load import read_file_cached
 except ImportError as error:
     advice = "on Windows, use WSL" if error.name == "fcntl" else "pip install -r requirements.txt"
@@ -87,10 +86,10 @@ def tokenizer_files(name: str, block_size: int) -> dict:
         vocab = read_file_cached(f"{GPT2_ENCODING}/encoder.json")
         merges = read_file_cached(f"{GPT2_ENCODING}/vocab.bpe")
     else:
-        # GPT-2 writes each byte as a character: printable ones as in Latin-1, the others from chr(256) on.
+        # GPT-2 writes a byte as a character: printable ones as in Latin-1, others from chr(256) on.
         others = [*range(33), *range(127, 161), 173]
-        spelled = [chr(256 + others.index(byte) if byte in others else byte) for byte in range(256)]
-        vocab = json.dumps({text: token for token, text in enumerate([*spelled, END_OF_TEXT])}).encode()
+        names = [chr(256 + others.index(byte) if byte in others else byte) for byte in range(256)]
+        vocab = json.dumps({name: i for i, name in enumerate([*names, END_OF_TEXT])}).encode()
         merges = b"#version: 0.2\n"
     return {"vocab.json": vocab, "merges.txt": merges, "tokenizer_config.json": config}
 
@@ -163,7 +162,7 @@ def read_batches(path: Path) -> Iterator:
         where = f"{path}, line {line:,}," if ".json" in path.name.lower() else path
         raise ValueError(f"{where} cannot be read: {str(error) or type(error).__name__}") from error
     if separators:
-        say(f"warning: {path} has {separators:,} {END_OF_TEXT} in its texts, kept as ordinary text", sys.stderr)
+        say(f"warning: {path} has {separators:,} {END_OF_TEXT} in its texts, kept as text", sys.stderr)
     yield batch
 
 
@@ -224,9 +223,9 @@ def get(url: str, first: int = 0) -> requests.Response:
     session = requests.Session()
     session.auth = lambda request: request  # or .netrc's password would replace the token
     transient = (408, 429, *range(500, 600))
-    waits = {"backoff_factor": 1, "backoff_max": 60, "retry_after_max": 60}
+    waits = {"backoff_factor": 1, "backoff_max": 60, "retry_after_max": 60, "raise_on_status": False}
     for adapter in session.adapters.values():
-        adapter.max_retries = Retry(8, connect=2, read=2, status_forcelist=transient, raise_on_status=False, **waits)
+        adapter.max_retries = Retry(8, connect=2, read=2, status_forcelist=transient, **waits)
     response = session.get(url, headers=headers, stream=True, timeout=(10, 30))
     if not response.ok:
         raise requests.HTTPError(f"the server answered {response.status_code}")
@@ -240,7 +239,7 @@ def fetching(name: str) -> Iterator:
         yield
     except (requests.RequestException, TimeoutError, ValueError) as error:
         problem = error if isinstance(error, requests.HTTPError) else type(error).__name__
-        advice = "check --subset, HF_ENDPOINT, HF_TOKEN and your connection, or run the command again to continue"
+        advice = "check --subset, HF_ENDPOINT, HF_TOKEN and your connection, or run it again"
         raise OSError(f"{name} could not be fetched: {problem}; {advice}") from error
 
 
@@ -254,11 +253,11 @@ def list_hub(repository: str, folder: str = "") -> list:
     while url:
         status(f"fetching {name}")
         with fetching(name), get(url) as response:
-            page = response.content
+            page = response.json()
             if time.monotonic() > deadline:
                 raise TimeoutError
         with reading(name):
-            for entry in json.loads(page):
+            for entry in page:
                 path = str(entry["path"])
                 checksum = (entry.get("lfs") or {}).get("oid", "")
                 files.add(RawFile(path, int(entry["size"]), str(checksum), f"{base}/{path}"))
@@ -280,8 +279,7 @@ def receive(file: RawFile, out: BinaryIO) -> None:
 
 
 def download(file: RawFile, path: Path) -> Path:
-    """Fetch a file to `path`, by way of `path`.part, unless it is there, or local. Raises OSError, after 8 attempts
-    without progress."""
+    """Fetch a file by way of `path`.part, unless `path` has its sha256 or it is local. Raises OSError."""
     if not file.url:
         return Path(file.name)
     if path.is_file() and sha256_of(path) == file.sha256:
@@ -289,15 +287,14 @@ def download(file: RawFile, path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
     with fetching(file.name), writing(part), open(part, "ab") as out:
-        furthest = out.tell()
-        failures = 0
+        failures = 0  # one after another, without progress
         while out.tell() < file.size:
+            before = out.tell()
             try:
                 receive(file, out)
             # Any other error, such as a refusal or an odd address, would be the same again.
-            except (requests.ConnectionError, requests.Timeout, ChunkedEncodingError) as error:
-                failures = 0 if out.tell() > furthest else failures + 1
-                furthest = max(furthest, out.tell())
+            except (requests.ConnectionError, requests.exceptions.ChunkedEncodingError) as error:
+                failures = 0 if out.tell() > before else failures + 1
                 if failures == 8:
                     raise
                 say(f"fetching {file.name}: {type(error).__name__}; trying again", sys.stderr)
@@ -408,7 +405,7 @@ def read_sequences(split: Split, indices: np.ndarray) -> np.ndarray:
             raise ValueError(f"{path} was truncated while in use")
         largest = tokens.max()
         if largest >= split.vocab_size:
-            raise ValueError(f"{path} contains token {largest}; the vocabulary has {split.vocab_size}")
+            raise ValueError(f"{path} contains token {largest}, which is not in the vocabulary")
         sequences.append(tokens)
     return np.array(sequences, dtype=np.int64)
 
@@ -778,9 +775,8 @@ def number(item: Field, text: str) -> float:
         value = item.type(float(text[:-1]) * scale) if scale else item.type(text)
         if least <= value <= most:
             return value
-    raise argparse.ArgumentTypeError(
-        f"must be a number ({item.type.__name__}) from {least:,} to {most:,}, not {text[:40]}"
-    )
+    kind = item.type.__name__
+    raise argparse.ArgumentTypeError(f"must be a number ({kind}) from {least:,} to {most:,}, not {text[:40]}")
 
 
 def begin(function: Callable, *args: Any) -> Future:
