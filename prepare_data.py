@@ -30,7 +30,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import Field, dataclass, field, fields
 from functools import cache, partial
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 try:
     import fcntl
@@ -260,22 +260,9 @@ def list_hub(repository: str, folder: str = "") -> list:
             for entry in page:
                 path = str(entry["path"])
                 checksum = (entry.get("lfs") or {}).get("oid", "")
-                files.add(RawFile(path, int(entry["size"]), str(checksum), f"{base}/{path}"))
+                files.add(RawFile(path, int(entry["size"]), checksum, f"{base}/{path}"))
         url = response.links.get("next", {}).get("url")
     return sorted(files)
-
-
-def receive(file: RawFile, out: BinaryIO) -> None:
-    """Append to `out` what it lacks; if the server ignores ranges, start again from the first byte."""
-    with get(file.url, out.tell()) as response:
-        if response.status_code != 206:
-            out.seek(0)
-            out.truncate()
-        for piece in response.iter_content(1 << 14):  # as much as may be lost if it breaks off
-            out.write(piece)
-            status(f"fetching {file.name}: {out.tell() / 1e6:,.0f} of {file.size / 1e6:,.0f} MB")
-    if out.tell() < file.size:
-        raise requests.ConnectionError("the server closed the connection early")
 
 
 def download(file: RawFile, path: Path) -> Path:
@@ -286,19 +273,24 @@ def download(file: RawFile, path: Path) -> Path:
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
+    broken = (requests.ConnectionError, requests.exceptions.ChunkedEncodingError)
     with fetching(file.name), writing(part), open(part, "ab") as out:
         failures = 0  # one after another, without progress
         while out.tell() < file.size:
-            before = out.tell()
-            try:
-                receive(file, out)
-            # Any other error, such as a refusal or an odd address, would be the same again.
-            except (requests.ConnectionError, requests.exceptions.ChunkedEncodingError) as error:
-                failures = 0 if out.tell() > before else failures + 1
-                if failures == 8:
-                    raise
-                say(f"fetching {file.name}: {type(error).__name__}; trying again", sys.stderr)
+            if failures:
+                say(f"fetching {file.name}: the connection broke; trying again", sys.stderr)
                 time.sleep(min(60.0, 2.0**failures - 1))
+            before = out.tell()
+            with suppress(*broken), get(file.url, before) as response:
+                if response.status_code != 206:  # the server ignores ranges
+                    out.seek(0)
+                    out.truncate()
+                for piece in response.iter_content(1 << 14):
+                    out.write(piece)
+                    status(f"fetching {file.name}: {out.tell() / 1e6:,.0f} of {file.size / 1e6:,.0f} MB")
+            failures = 0 if out.tell() > before else failures + 1
+            if failures == 8:
+                raise requests.ConnectionError
     if part.stat().st_size != file.size or file.sha256 not in ("", sha256_of(part)):
         part.unlink()
         raise OSError(f"{file.name} arrived with the wrong size or sha256; run the command again")
@@ -374,6 +366,7 @@ def open_split(directory: Path, name: str, sequence_length: int) -> Split:
     listed = read_checksums(directory) or found  # another program's shards have no checksums
     paths = [directory / file for file in sorted(found.union(listed)) if is_of_split(file, name)]
     tokens = []
+    first = [0]
     for path in paths:
         if path.name not in listed or not path.is_file():
             advice = "restore it, or prepare the data again with another --out"
@@ -383,12 +376,11 @@ def open_split(directory: Path, name: str, sequence_length: int) -> Split:
         if header != [*SHARD_MAGIC, (size - HEADER_BYTES) / 2] or size <= HEADER_BYTES:
             raise ValueError(f"{path} is damaged, empty, or not a token shard: {size:,} bytes")
         tokens.append(header[2])
-    first = np.cumsum([0, *((count - 1) // sequence_length for count in tokens)], dtype=np.int64)
-    sequences = int(first[-1])
-    if sequences == 0:
+        first.append(first[-1] + (header[2] - 1) // sequence_length)
+    if first[-1] == 0:
         problem = f"{directory} has no {name} shards of {sequence_length + 1} tokens or more"
         raise ValueError(f"{problem}; run prepare_data.py, or use a shorter --sequence-length")
-    return Split(paths, tokens, first, sequences, sequence_length, vocab_size)
+    return Split(paths, tokens, np.array(first), first[-1], sequence_length, vocab_size)
 
 
 def read_sequences(split: Split, indices: np.ndarray) -> np.ndarray:
@@ -707,9 +699,9 @@ def one_line_errors(script: str, memory_advice: str) -> Iterator:
         problem = printable(" ".join(str(error).split())) or type(error).__name__
         if isinstance(error, ModuleNotFoundError):
             problem += f"; pip install {error.name}"
-        elif re.search("MemoryError|out of memory|allocate memory|start new thread", problem):
+        elif re.search("MemoryError|out of memory|allocate|start new thread", problem):
             problem = f"out of memory, or of threads; {memory_advice}"
-        elif not isinstance(error, ValueError | OSError | FloatingPointError | MemoryError):
+        elif not isinstance(error, ValueError | OSError | FloatingPointError):
             raise
         status("")
         # In one write, since other ranks write too.
