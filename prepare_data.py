@@ -6,9 +6,9 @@ Download text and turn it into token shards in `data/NAME`; also download the ev
     python prepare_data.py --input corpus.jsonl --out data/mine
 
 The corpus is one stream of tokens, each document preceded by <|endoftext|>: the first --val-tokens for validation, the
-rest for training, both cut into shards `val_000000.bin`, `train_000000.bin`, ... Shards have llm.c's format: a header
-of 256 int32 (20240520, 1, the number of tokens, zeros), then uint16 tokens, little-endian. `meta.json` says what each
-split contains and where to continue; `SHA256SUMS` covers the shards and, once the directory is complete, meta.json.
+rest for training, both cut into shards `val_000000.bin`, `train_000000.bin`, ... in llm.c's format: 256 int32
+(20240520, 1, the number of tokens, zeros), then uint16 tokens, little-endian. `meta.json` says what each split contains
+and where to continue; `SHA256SUMS` covers the shards and, once the directory is complete, meta.json.
 """
 
 import argparse
@@ -27,10 +27,10 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, fields
-from functools import cache
+from dataclasses import Field, dataclass, field, fields
+from functools import cache, partial
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 try:
     import fcntl
@@ -38,9 +38,8 @@ try:
     import numpy as np
     import requests
     import tiktoken
+    from requests.adapters import Retry
     from tiktoken.load import read_file_cached
-    from urllib3.exceptions import HTTPError
-    from urllib3.util import Retry
 except ImportError as error:
     advice = "on Windows, use WSL" if error.name == "fcntl" else "pip install -r requirements.txt"
     sys.exit(f"{Path(sys.argv[0]).name}: error: {error}; {advice}")
@@ -59,45 +58,39 @@ GPT2_PATTERN = r"(?:'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s
 
 @cache
 def get_tokenizer(name: str, thread: int = 0) -> tiktoken.Encoding:
-    """The tokenizer "gpt2", fetched once, or "byte": the 256 byte values and <|endoftext|>. Each thread asks for its
-    own, since threads that shared one would wait for its scratch memory. Raises OSError if it cannot be fetched."""
+    """The tokenizer "gpt2" or "byte" (the 256 byte values and <|endoftext|>); each thread asks for its own, or they
+    would wait for each other. Raises OSError if it cannot be fetched."""
     pattern = r"(?s:.{1,512})"
     ranks = {bytes([byte]): byte for byte in range(256)}
     if name == "gpt2":
-        advice = "connect to the Internet, or set TIKTOKEN_CACHE_DIR to a cache that contains it"
-        with fetching("GPT-2's tokenizer", advice):
+        with fetching("GPT-2's tokenizer, which is not in TIKTOKEN_CACHE_DIR,"):
             # In a thread, since tiktoken has no timeout of its own.
             ranks = begin(tiktoken.get_encoding, name).result(timeout=120)._mergeable_ranks
         pattern = GPT2_PATTERN
-    special = {END_OF_TEXT: VOCAB_SIZES[name] - 1}
+    special = {END_OF_TEXT: len(ranks)}
     return tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
 
 
 @cache
 def token_bytes(tokenizer: tiktoken.Encoding) -> np.ndarray:
     """How many bytes of UTF-8 each token stands for: (vocab_size,) uint16, 0 for <|endoftext|>."""
-    tokens = tokenizer.decode_tokens_bytes(range(tokenizer.n_vocab))
-    sizes = np.array([len(token) for token in tokens], dtype=np.uint16)
-    sizes[tokenizer.eot_token] = 0
-    return sizes
+    tokens = tokenizer.decode_tokens_bytes(range(tokenizer.eot_token))  # all but the last
+    return np.array([*map(len, tokens), 0], dtype=np.uint16)
 
 
 def tokenizer_files(name: str, block_size: int) -> dict:
     """The files of a tokenizer by name, as transformers reads them."""
-    config = {"tokenizer_class": "GPT2Tokenizer", "model_max_length": block_size}
+    config = json.dumps({"tokenizer_class": "GPT2Tokenizer", "model_max_length": block_size}).encode()
     if name == "gpt2":
         # OpenAI's own files, which get_tokenizer() has put in tiktoken's cache.
         vocab = read_file_cached(f"{GPT2_ENCODING}/encoder.json")
         merges = read_file_cached(f"{GPT2_ENCODING}/vocab.bpe")
     else:
-        # GPT-2 writes each byte as a character: printable ones as in Latin-1, the others from chr(256) on.
+        # GPT-2 writes a byte as a character: printable ones as in Latin-1, others from chr(256) on.
         others = [*range(33), *range(127, 161), 173]
-        characters = [chr(byte) for byte in range(256)]
-        for i, byte in enumerate(others):
-            characters[byte] = chr(256 + i)
-        vocab = json.dumps({text: i for i, text in enumerate([*characters, END_OF_TEXT])}).encode()
+        names = [chr(256 + others.index(byte) if byte in others else byte) for byte in range(256)]
+        vocab = json.dumps({name: i for i, name in enumerate([*names, END_OF_TEXT])}).encode()
         merges = b"#version: 0.2\n"
-    config = json.dumps(config).encode()
     return {"vocab.json": vocab, "merges.txt": merges, "tokenizer_config.json": config}
 
 
@@ -145,8 +138,7 @@ READERS = {".txt": read_txt, ".jsonl": read_jsonl, ".gz": read_jsonl, ".parquet"
 
 
 def read_batches(path: Path) -> Iterator:
-    """The non-empty documents of a file, in batches of at least BATCH_CHARACTERS (except the last). Raises ValueError,
-    naming the line, for a damaged, non-Unicode or oversized document."""
+    """The non-empty documents of a file, in batches of BATCH_CHARACTERS or more. Raises ValueError for a bad one."""
     batch = []
     length = 0
     line = 1
@@ -170,25 +162,26 @@ def read_batches(path: Path) -> Iterator:
         where = f"{path}, line {line:,}," if ".json" in path.name.lower() else path
         raise ValueError(f"{where} cannot be read: {str(error) or type(error).__name__}") from error
     if separators:
-        say(f"warning: {path} has {separators:,} {END_OF_TEXT} in its texts, kept as ordinary text", sys.stderr)
+        say(f"warning: {path} has {separators:,} {END_OF_TEXT} in its texts, kept as text", sys.stderr)
     yield batch
 
 
-def cut_white_space(text: str) -> list[str]:
-    """Cut a text into parts whose tokens, put together, are the tokens of the text. tiktoken's regular expression
-    overflows its stack on a few hundred thousand spaces in a row, so each long run is cut before its last character,
-    where GPT-2's pattern splits anyway. A run that ends the text is left whole, since the pattern does not split it."""
+def cut_white_space(text: str) -> Iterator:
+    """Cut a text into parts that have the same tokens as the whole. tiktoken's regular expression overflows its stack
+    on a few hundred thousand spaces in a row, so each long run is cut before its last character, where GPT-2's pattern
+    splits anyway (but not at the end of a text)."""
     # \x1c to \x1f are white space to Python, but not to Rust.
     spaces = re.compile(r"[^\S\x1c-\x1f]*")
-    cuts = [0]
+    start = 0
     position = 0
     # Looking once every 1,000 characters finds every run of 2,000.
     while position < len(text):
         end = spaces.match(text, position).end()
-        if end >= position + 1000 and end < len(text):
-            cuts.append(end - 1)
+        if position + 1000 <= end < len(text):
+            yield text[start : end - 1]
+            start = end - 1
         position = end + 1000
-    return [text[start:end] for start, end in itertools.pairwise([*cuts, len(text)])]
+    yield text[start:]
 
 
 def tokenize(texts: list[str], tokenizer: tiktoken.Encoding) -> np.ndarray:
@@ -215,8 +208,7 @@ class RawFile(NamedTuple):
 
 
 def get(url: str, first: int = 0) -> requests.Response:
-    """Request a page, or a file from byte `first` on; HF_TOKEN is sent to the hub alone. Raises RequestException, also
-    for an HF_ENDPOINT that is no address or contains a password (the message does not repeat it)."""
+    """Request a page, or a file from byte `first` on; HF_TOKEN is sent to the hub alone. Raises RequestException."""
     hub = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
     if not re.fullmatch(r"https?://[^/@\s]+(/[^@\s]*)?", hub):
         raise requests.HTTPError("HF_ENDPOINT must be an address, without a password")
@@ -230,27 +222,24 @@ def get(url: str, first: int = 0) -> requests.Response:
         headers["Authorization"] = f"Bearer {token}"
     session = requests.Session()
     session.auth = lambda request: request  # or .netrc's password would replace the token
-    transient = (408, 429, 500, 502, 503, 504)
-    waits = {"backoff_factor": 1, "backoff_max": 60, "retry_after_max": 60}
-    retries = Retry(8, connect=2, read=2, status_forcelist=transient, raise_on_status=False, **waits)
+    transient = (408, 429, *range(500, 600))
+    waits = {"backoff_factor": 1, "backoff_max": 60, "retry_after_max": 60, "raise_on_status": False}
     for adapter in session.adapters.values():
-        adapter.max_retries = retries
+        adapter.max_retries = Retry(8, connect=2, read=2, status_forcelist=transient, **waits)
     response = session.get(url, headers=headers, stream=True, timeout=(10, 30))
     if not response.ok:
         raise requests.HTTPError(f"the server answered {response.status_code}")
     return response
 
 
-ADVICE = "check --subset, HF_ENDPOINT and your proxy, set HF_TOKEN, or run the command again to continue"
-
-
 @contextmanager
-def fetching(name: str, advice: str = ADVICE) -> Iterator:
+def fetching(name: str) -> Iterator:
     """Turn any failure of a request into an OSError that says what to do."""
     try:
         yield
-    except (requests.RequestException, HTTPError, TimeoutError, ValueError) as error:
+    except (requests.RequestException, TimeoutError, ValueError) as error:
         problem = error if isinstance(error, requests.HTTPError) else type(error).__name__
+        advice = "check --subset, HF_ENDPOINT, HF_TOKEN and your connection, or run it again"
         raise OSError(f"{name} could not be fetched: {problem}; {advice}") from error
 
 
@@ -263,58 +252,45 @@ def list_hub(repository: str, folder: str = "") -> list:
     files = set()
     while url:
         status(f"fetching {name}")
-        page = b""
         with fetching(name), get(url) as response:
-            for piece in iter(lambda: response.raw.read1(1 << 16), b""):
-                page += piece
-                if time.monotonic() > deadline:
-                    raise TimeoutError
+            page = response.json()
+            if time.monotonic() > deadline:
+                raise TimeoutError
         with reading(name):
-            for entry in json.loads(page):
+            for entry in page:
                 path = str(entry["path"])
                 checksum = (entry.get("lfs") or {}).get("oid", "")
-                files.add(RawFile(path, int(entry["size"]), str(checksum), f"{base}/{path}"))
+                files.add(RawFile(path, int(entry["size"]), checksum, f"{base}/{path}"))
         url = response.links.get("next", {}).get("url")
     return sorted(files)
 
 
-def receive(file: RawFile, out: BinaryIO) -> None:
-    """Append to `out` what it lacks; if the server ignores ranges, start again from the first byte."""
-    with get(file.url, out.tell()) as response:
-        if response.status_code != 206:
-            out.truncate(0)
-        have = out.seek(0, os.SEEK_END)
-        while have < file.size:
-            piece = response.raw.read1(1 << 20)  # whatever has arrived
-            if not piece:
-                raise requests.ConnectionError("the server closed the connection early")
-            have += out.write(piece)
-            status(f"fetching {file.name}: {have / 1e6:,.0f} of {file.size / 1e6:,.0f} MB")
-
-
 def download(file: RawFile, path: Path) -> Path:
-    """Fetch a file to `path` by way of `path`.part, which an earlier attempt may have left; give up after 8 attempts
-    without progress. A local file, or one already there with the right sha256, is not fetched. Raises OSError."""
+    """Fetch a file by way of `path`.part, unless `path` has its sha256 or it is local. Raises OSError."""
     if not file.url:
         return Path(file.name)
-    if file.sha256 and path.is_file() and sha256_of(path) == file.sha256:
+    if path.is_file() and sha256_of(path) == file.sha256:
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
+    broken = (requests.ConnectionError, requests.exceptions.ChunkedEncodingError)
     with fetching(file.name), writing(part), open(part, "ab") as out:
-        furthest = out.tell()
-        failures = 0
+        failures = 0  # one after another, without progress
         while out.tell() < file.size:
-            try:
-                receive(file, out)
-            # Any other error, such as a refusal or an odd address, would be the same again.
-            except (requests.ConnectionError, requests.Timeout, HTTPError) as error:
-                failures = 0 if out.tell() > furthest else failures + 1
-                furthest = max(furthest, out.tell())
-                if failures == 8 or isinstance(error, ValueError):
-                    raise
-                say(f"fetching {file.name}: {type(error).__name__}; trying again", sys.stderr)
+            if failures:
+                say(f"fetching {file.name}: the connection broke; trying again", sys.stderr)
                 time.sleep(min(60.0, 2.0**failures - 1))
+            before = out.tell()
+            with suppress(*broken), get(file.url, before) as response:
+                if response.status_code != 206:  # the server ignores ranges
+                    out.seek(0)
+                    out.truncate()
+                for piece in response.iter_content(1 << 14):
+                    out.write(piece)
+                    status(f"fetching {file.name}: {out.tell() / 1e6:,.0f} of {file.size / 1e6:,.0f} MB")
+            failures = 0 if out.tell() > before else failures + 1
+            if failures == 8:
+                raise requests.ConnectionError
     if part.stat().st_size != file.size or file.sha256 not in ("", sha256_of(part)):
         part.unlink()
         raise OSError(f"{file.name} arrived with the wrong size or sha256; run the command again")
@@ -326,11 +302,9 @@ def tokenize_in_order(files: list, paths: list, start: list, tokenizer_name: str
     """(place, tokens) of each batch of documents, in order from `start` on: [file, batch within it], and (n,) uint16.
     Threads tokenize ahead (tiktoken releases the GIL) while another downloads the next file to its path."""
 
-    def fetch(index: int) -> Path:
-        return download(files[index], paths[index])
-
     def read() -> Iterator:
-        fetched = in_background(fetch, range(start[0], len(files)), ahead=1)
+        indices = range(start[0], len(files))
+        fetched = in_background(lambda index: download(files[index], paths[index]), indices, ahead=1)
         for index, path in enumerate(fetched, start[0]):
             for i, texts in enumerate(read_batches(path)):
                 if [index, i] >= start:
@@ -352,35 +326,20 @@ SHARD_MAGIC = (20240520, 1)  # and the version of the format
 HEADER_BYTES = 1024
 
 
-def read_header(path: Path) -> int:
-    """The number of tokens in a shard. Raises ValueError if the shard is not intact."""
-    if not path.is_file():
-        raise ValueError(f"{path} is missing, or not a regular file")
-    size = path.stat().st_size
-    tokens = (size - HEADER_BYTES) // 2
-    header = np.fromfile(path, dtype="<i4", count=3).tolist()
-    if header != [*SHARD_MAGIC, tokens] or size % 2 or tokens < 1:
-        raise ValueError(f"{path} is damaged, empty, or not a token shard: {size:,} bytes")
-    return tokens
-
-
 class Split(NamedTuple):
     """A split's shards, cut into sequences of T + 1 tokens. Neighbors share one token; a remainder is unused."""
 
     paths: list[Path]
     tokens: list[int]  # in each shard
     first: np.ndarray  # (shards + 1,) int64: each shard's first sequence, and the total
+    sequences: int  # the total
     sequence_length: int  # T
     vocab_size: int
 
-    @property
-    def sequences(self) -> int:
-        return int(self.first[-1])
-
 
 def read_tokenizer_name(directory: Path) -> str:
-    """The name of the tokenizer of a data directory, from meta.json. Shards without one are taken to be another
-    program's, in GPT-2's tokens. Raises ValueError for incomplete or damaged data."""
+    """The name of a data directory's tokenizer, from meta.json; that of other programs' shards, which have none, is
+    GPT-2's. Raises ValueError for incomplete or damaged data."""
     path = directory / "meta.json"
     # SHA256SUMS lists meta.json once the directory is complete.
     if path.name not in read_checksums(directory):
@@ -396,42 +355,39 @@ def read_tokenizer_name(directory: Path) -> str:
 
 
 def is_of_split(file: str, split: str) -> bool:
-    """Whether a shard's name says so: `SPLIT_000000.bin`, modded-nanogpt's `*_SPLIT_000000.bin`, llm.c's
-    `*_SPLIT.bin`."""
+    """Whether a shard's name is `SPLIT_000000.bin`, modded-nanogpt's `*_SPLIT_000000.bin` or llm.c's `*_SPLIT.bin`."""
     return re.search(rf"(^|_){split}(_\d+)?\.bin$", file) is not None
 
 
 def open_split(directory: Path, name: str, sequence_length: int) -> Split:
-    """Read the headers of the shards of a split, "train" or "val". Raises ValueError for shards that are missing,
-    damaged, unlisted or too short, FileNotFoundError for none."""
+    """Open the shards of "train" or "val". Raises ValueError if they are missing, damaged, unlisted or too short."""
     vocab_size = VOCAB_SIZES[read_tokenizer_name(directory)]
-    paths = [path for path in sorted(directory.glob("*.bin")) if is_of_split(path.name, name)]
-    found = {path.name for path in paths}
-    listed = read_checksums(directory)
-    expected = {file for file in listed if is_of_split(file, name)}
-    if listed and found != expected:
-        raise ValueError(
-            f"{directory / min(found ^ expected)} is missing, or not in SHA256SUMS; "
-            "restore it, or prepare the data again with another --out"
-        )
-    if not paths:
-        raise FileNotFoundError(f"{directory} contains no {name} shards; run prepare_data.py first")
-    tokens = [read_header(path) for path in paths]
-    sequences = [(count - 1) // sequence_length for count in tokens]
-    first = np.cumsum([0, *sequences], dtype=np.int64)
+    found = {path.name for path in directory.glob("*.bin")}
+    listed = read_checksums(directory) or found  # another program's shards have no checksums
+    paths = [directory / file for file in sorted(found.union(listed)) if is_of_split(file, name)]
+    tokens = []
+    first = [0]
+    for path in paths:
+        if path.name not in listed or not path.is_file():
+            advice = "restore it, or prepare the data again with another --out"
+            raise ValueError(f"{path} is missing, or not in SHA256SUMS; {advice}")
+        size = path.stat().st_size
+        header = np.fromfile(path, dtype="<i4", count=3).tolist()
+        if header != [*SHARD_MAGIC, (size - HEADER_BYTES) / 2] or size <= HEADER_BYTES:
+            raise ValueError(f"{path} is damaged, empty, or not a token shard: {size:,} bytes")
+        tokens.append(header[2])
+        first.append(first[-1] + (header[2] - 1) // sequence_length)
     if first[-1] == 0:
-        raise ValueError(
-            f"no {name} shard of {directory} has {sequence_length + 1} tokens; "
-            "use more text, or a shorter --sequence-length"
-        )
-    return Split(paths, tokens, first, sequence_length, vocab_size)
+        problem = f"{directory} has no {name} shards of {sequence_length + 1} tokens or more"
+        raise ValueError(f"{problem}; run prepare_data.py, or use a shorter --sequence-length")
+    return Split(paths, tokens, np.array(first), first[-1], sequence_length, vocab_size)
 
 
 def read_sequences(split: Split, indices: np.ndarray) -> np.ndarray:
     """The sequences with these indices: (n, T + 1) int64. Raises ValueError for a truncated or foreign shard."""
     T = split.sequence_length
-    sequences = np.empty((len(indices), T + 1), dtype=np.int64)
-    for row, index in enumerate(indices):
+    sequences = []
+    for index in indices:
         shard = np.searchsorted(split.first, index, side="right") - 1
         path = split.paths[shard]
         start = HEADER_BYTES + 2 * T * int(index - split.first[shard])
@@ -441,9 +397,9 @@ def read_sequences(split: Split, indices: np.ndarray) -> np.ndarray:
             raise ValueError(f"{path} was truncated while in use")
         largest = tokens.max()
         if largest >= split.vocab_size:
-            raise ValueError(f"{path} contains token {largest}; the vocabulary has {split.vocab_size}")
-        sequences[row] = tokens
-    return sequences
+            raise ValueError(f"{path} contains token {largest}, which is not in the vocabulary")
+        sequences.append(tokens)
+    return np.array(sequences, dtype=np.int64)
 
 
 # Corpora and evaluation sets
@@ -739,13 +695,13 @@ def one_line_errors(script: str, memory_advice: str) -> Iterator:
     except BrokenPipeError:  # the reader has closed the pipe
         sys.stdout = None  # or Python would flush it at exit, and fail again
         sys.exit(0)
-    except (ValueError, OSError, FloatingPointError, MemoryError, ModuleNotFoundError, RuntimeError) as error:
+    except Exception as error:
         problem = printable(" ".join(str(error).split())) or type(error).__name__
         if isinstance(error, ModuleNotFoundError):
             problem += f"; pip install {error.name}"
-        elif re.search("MemoryError|out of memory|allocate memory|start new thread", problem):
+        elif re.search("MemoryError|out of memory|allocate|start new thread", problem):
             problem = f"out of memory, or of threads; {memory_advice}"
-        elif isinstance(error, RuntimeError):
+        elif not isinstance(error, ValueError | OSError | FloatingPointError):
             raise
         status("")
         # In one write, since other ranks write too.
@@ -754,8 +710,8 @@ def one_line_errors(script: str, memory_advice: str) -> Iterator:
 
 
 def printable(text: str) -> str:
-    """Escape control characters, which a terminal would obey."""
-    return "".join(c if c.isprintable() or c in "\n\t" else f"\\x{ord(c):02x}" for c in text)
+    """Replace control characters, which a terminal would obey."""
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "?", text)
 
 
 def is_main_process() -> bool:
@@ -787,39 +743,32 @@ def option(default: Any, help: str, least: float = 0, most: float = 2**31 - 1, c
 
 
 def new_parser(doc: str, settings: type) -> argparse.ArgumentParser:
-    """A parser with an option for each field of a dataclass. It returns only those that are given, reports errors in
-    one line, and describes a script by the first line of its docstring."""
-    parser = argparse.ArgumentParser(
-        usage=argparse.SUPPRESS,
-        description=doc.splitlines()[1],
-        argument_default=argparse.SUPPRESS,
-        allow_abbrev=False,
-    )
+    """A parser with an option for each field of a dataclass; it returns only those that are given."""
+    parser = argparse.ArgumentParser(description=doc.splitlines()[1], allow_abbrev=False)
+    parser.usage = argparse.SUPPRESS
+    parser.argument_default = argparse.SUPPRESS
     for item in fields(settings):
         how = {"action": argparse.BooleanOptionalAction}
         if item.type is str:
             how = {"choices": item.metadata["choices"]}
         elif item.type is tuple:
-            how = {"nargs": "+", "metavar": "FILE"}
+            how = {"nargs": "+"}
         elif item.type in (int, float):
-            how = {"type": number(item.type, *item.metadata["range"])}
+            how = {"type": partial(number, item)}
         parser.add_argument(f"--{item.name}".replace("_", "-"), help=item.metadata["help"], **how)
     return parser
 
 
-def number(kind: type, least: float, most: float) -> Callable:
-    """A parser of command-line values, int or float, in a range: 1000000, 100_000, 500k, 100M or 10B."""
-
-    def parse(text: str) -> Any:
-        scale = {"k": 10**3, "m": 10**6, "b": 10**9}.get(text[-1:].lower())
-        with suppress(ValueError, OverflowError):
-            value = kind(float(text[:-1]) * scale) if scale else kind(text)
-            if least <= value <= most:
-                return value
-        wanted = "an integer" if kind is int else "a number"
-        raise argparse.ArgumentTypeError(f"must be {wanted} from {least:,} to {most:,}, not {text[:40]}")
-
-    return parse
+def number(item: Field, text: str) -> float:
+    """The value of an option in its range, from 1000000, 100_000, 500k, 100M or 10B."""
+    least, most = item.metadata["range"]
+    scale = {"k": 10**3, "m": 10**6, "b": 10**9}.get(text[-1:].lower())
+    with suppress(ValueError, OverflowError):
+        value = item.type(float(text[:-1]) * scale) if scale else item.type(text)
+        if least <= value <= most:
+            return value
+    kind = item.type.__name__
+    raise argparse.ArgumentTypeError(f"must be a number ({kind}) from {least:,} to {most:,}, not {text[:40]}")
 
 
 def begin(function: Callable, *args: Any) -> Future:
