@@ -21,7 +21,6 @@ import re
 import shlex
 import shutil
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -420,6 +419,7 @@ EVALUATION_SETS = ("hellaswag", "lambada")
 SOURCES = (*HUB_DATASETS, "shakespeare", "demo", *EVALUATION_SETS)
 COUNTS = ("shards", "documents", "tokens", "bytes")  # of each split, in meta.json
 START = [0, 0, 0]  # a position in a corpus: a file, a batch of documents in it, a token in that
+WORK = ".prepare_data"  # the directory of downloads, removed at the end
 
 
 def local_file(path: Path) -> RawFile:
@@ -432,12 +432,13 @@ def local_file(path: Path) -> RawFile:
     return RawFile(str(path), stat.st_size, sha256_of(path), changed=stat.st_ctime_ns)
 
 
-def write_demo(path: Path) -> RawFile:
+def write_demo(directory: Path) -> RawFile:
     """The topics of Python's own manual, which ships with CPython, as a local file."""
     from pydoc_data.topics import topics
 
-    manual = END_OF_TEXT.join(topics[name] for name in sorted(topics))
-    path.write_text(manual, encoding="utf-8")
+    directory.mkdir(exist_ok=True)
+    path = directory / "topics.txt"
+    path.write_text(END_OF_TEXT.join(topics[name] for name in sorted(topics)), encoding="utf-8")
     return local_file(path)
 
 
@@ -510,10 +511,9 @@ def open_meta(settings: dict, files: list, out: Path) -> dict:
         if not changed:
             return meta
         if meta["position"] != START:
-            raise ValueError(
-                f"{out} was prepared differently: {changed[0]} was {meta.get(changed[0])}, "
-                f"now {settings[changed[0]]}; use another --out"
-            )
+            name = changed[0]
+            difference = f"{name} was {meta.get(name)}, now {settings[name]}"
+            raise ValueError(f"{out} was prepared differently: {difference}; use another --out")
     elif any(out.glob("*.bin")):
         raise FileExistsError(f"{out} has shards that this script did not write; use another --out")
     meta = settings | {
@@ -561,8 +561,7 @@ def prepare(settings: dict, files: list, out: Path, workers: int) -> dict:
         say(f"{out} is already prepared")
         return meta
     files = files or meta["files"]
-    work = out / ".prepare_data"
-    paths = [work / Path(file.name).name for file in files]
+    paths = [out / WORK / Path(file.name).name for file in files]
     *start, skip = meta["position"]
     batches = tokenize_in_order(files, paths, start, settings["tokenizer"], workers)
     if "val_tokens" not in meta:
@@ -594,7 +593,6 @@ def prepare(settings: dict, files: list, out: Path, workers: int) -> dict:
     if meta["val"]["shards"] == 0:
         raise ValueError(f"{', '.join(file.name for file in files)} has no text")
     add_checksums(out, ["meta.json"])
-    shutil.rmtree(work, ignore_errors=True)
     return meta
 
 
@@ -666,11 +664,9 @@ def fetch_model(name: str) -> Path:
         check_checksums(directory, MODEL_FILES)
         return directory
     with locked(directory, wait=True):  # download() skips what another process has fetched
-        files = {file.name: file for file in list_hub(f"models/openai-community/{name}")}
-        for file in MODEL_FILES:
-            if file not in files:
-                raise OSError(f"the hub lists no {file} for {name}; check HF_ENDPOINT")
-            download(files[file], directory / file)
+        for file in list_hub(f"models/openai-community/{name}"):
+            if file.name in MODEL_FILES:
+                download(file, directory / file.name)
         add_checksums(directory, MODEL_FILES)
     return directory
 
@@ -920,14 +916,14 @@ def prepare_source(source: str, args: Options) -> None:
     files = [local_file(Path(path)) for path in args.input]
     if source in FILES:
         files = [FILES[source]]
-    with locked(out), tempfile.TemporaryDirectory() as scratch:
+    with locked(out):
         if source in EVALUATION_SETS:
             path = download(files[0], out / files[0].name)
             add_checksums(out, [path.name])
             say(f"{source}: {path}")
             return
         if source == "demo":
-            files = [write_demo(Path(scratch) / "topics.txt")]
+            files = [write_demo(out / WORK)]
         settings = {  # together, these determine every byte of the result
             "source": source or [[Path(file.name).name, file.size, file.sha256] for file in files],
             "subset": args.subset if source in HUB_DATASETS else None,
@@ -942,15 +938,13 @@ def prepare_source(source: str, args: Options) -> None:
         # At most one per core: each has a tokenizer of its own, of 10 MB.
         workers = min(args.workers or 1024, os.cpu_count())
         meta = prepare(settings, files, out, workers)
+        shutil.rmtree(out / WORK, ignore_errors=True)
     train_tokens = meta["train"]["tokens"]
     say(f"{out}: {train_tokens:,} tokens for training, {meta['val']['tokens']:,} for validation")
-    command = "--preset gpt2"
-    if train_tokens == 0:
-        command = "--eval-only --init-from MODEL"
-    elif source == "demo":
-        command = "--preset demo"
-    elif train_tokens < 10**7:
-        command = "--preset book"
+    preset = "gpt2" if train_tokens >= 10**7 else "book"
+    if source == "demo":
+        preset = "demo"
+    command = f"--preset {preset}" if train_tokens else "--eval-only --init-from MODEL"
     say(f"now run: python train.py {command} --data={shlex.quote(str(out))}")
 
 
