@@ -664,9 +664,11 @@ def fetch_model(name: str) -> Path:
         check_checksums(directory, MODEL_FILES)
         return directory
     with locked(directory, wait=True):  # download() skips what another process has fetched
-        for file in list_hub(f"models/openai-community/{name}"):
-            if file.name in MODEL_FILES:
-                download(file, directory / file.name)
+        files = {file.name: file for file in list_hub(f"models/openai-community/{name}")}
+        for file in MODEL_FILES:
+            if file not in files:
+                raise OSError(f"the hub lists no {file} for {name}; check HF_ENDPOINT")
+            download(files[file], directory / file)
         add_checksums(directory, MODEL_FILES)
     return directory
 
