@@ -142,16 +142,16 @@ def read_batches(path: Path) -> Iterator:
     batch = []
     length = 0
     line = 1
-    separators = 0
+    marks = 0
     try:
         for text in READERS[path.suffix.lower()](path):
             if not isinstance(text, str | None):
                 raise ValueError('each document needs a string in the field "text"')
             if text:
-                check_size(len(text.encode()))  # fails for half a surrogate pair, which JSON can contain
+                check_size(len(text.encode()))  # fails for half a surrogate pair, as JSON can have
                 batch.append(text)
                 length += len(text)
-                separators += text.count(END_OF_TEXT)
+                marks += text.count(END_OF_TEXT)
             if length >= BATCH_CHARACTERS:
                 yield batch
                 batch = []
@@ -160,8 +160,8 @@ def read_batches(path: Path) -> Iterator:
     except Exception as error:  # of the file system, zlib, JSON, pyarrow, ...
         where = f"{path}, line {line:,}," if ".json" in path.name.lower() else path
         raise ValueError(f"{where} cannot be read: {str(error) or type(error).__name__}") from error
-    if separators:
-        say(f"warning: {path} has {separators:,} {END_OF_TEXT} in its texts, kept as text", sys.stderr)
+    if marks:
+        say(f"warning: {path} has {marks:,} {END_OF_TEXT} in its texts, kept as text", sys.stderr)
     yield batch
 
 
@@ -169,7 +169,7 @@ def cut_white_space(text: str) -> Iterator:
     """Cut a text into parts that have the same tokens as the whole. tiktoken's regular expression overflows its stack
     on a few hundred thousand spaces in a row, so each long run is cut before its last character, where GPT-2's pattern
     splits anyway (but not at the end of a text)."""
-    spaces = re.compile(r"[^\S\x1c-\x1f]*")  # \x1c to \x1f are white space to Python, but not to Rust
+    spaces = re.compile(r"[^\S\x1c-\x1f]*")  # \x1c to \x1f are white space in Python, not in Rust
     start = 0
     position = 0
     while position < len(text):  # looking once every 1,000 characters finds every run of 2,000
@@ -217,8 +217,8 @@ def get(url: str, first: int = 0) -> requests.Response:
         headers["Authorization"] = f"Bearer {token}"
     session = requests.Session()
     session.auth = lambda request: request  # or .netrc's password would replace the token
-    limits = {"connect": 2, "read": 2, "backoff_factor": 1, "backoff_max": 60, "retry_after_max": 60}
-    retries = Retry(8, status_forcelist=[408, 429, *range(500, 600)], raise_on_status=False, **limits)
+    waits = {"backoff_factor": 1, "backoff_max": 60, "retry_after_max": 60, "raise_on_status": False}
+    retries = Retry(8, connect=2, read=2, status_forcelist=[408, 429, *range(500, 600)], **waits)
     for adapter in session.adapters.values():
         adapter.max_retries = retries
     response = session.get(url, headers=headers, stream=True, timeout=(10, 30))
@@ -282,7 +282,7 @@ def download(file: RawFile, path: Path) -> Path:
                     out.truncate()
                 for piece in response.iter_content(1 << 14):
                     out.write(piece)
-                    status(f"fetching {file.name}: {out.tell() / 1e6:,.0f} of {file.size / 1e6:,.0f} MB")
+                    status(f"fetching {file.name}: {out.tell() >> 20:,} of {file.size >> 20:,} MiB")
             failures = 0 if out.tell() > before else failures + 1
             if failures == 8:
                 raise requests.ConnectionError
@@ -299,7 +299,7 @@ def tokenize_in_order(files: list, paths: list, start: list, tokenizer_name: str
 
     def read() -> Iterator:
         indices = range(start[0], len(files))
-        fetched = in_background(lambda index: download(files[index], paths[index]), indices, ahead=1)
+        fetched = in_background(lambda i: download(files[i], paths[i]), indices, ahead=1)
         for index, path in enumerate(fetched, start[0]):
             for i, texts in enumerate(read_batches(path)):
                 if [index, i] >= start:
@@ -388,7 +388,7 @@ def read_sequences(split: Split, indices: np.ndarray) -> np.ndarray:
         if len(tokens) <= T:
             raise ValueError(f"{path} was truncated while in use")
         if tokens.max() >= split.vocab_size:
-            raise ValueError(f"{path} contains token {tokens.max()}, which is not in the vocabulary")
+            raise ValueError(f"{path} contains token {tokens.max()}, not in the vocabulary")
         sequences.append(tokens)
     return np.array(sequences, dtype=np.int64)
 
@@ -695,7 +695,7 @@ def one_line_errors(script: str, memory_advice: str) -> Iterator:
         elif not isinstance(error, ValueError | OSError | FloatingPointError):
             raise
         status("")
-        sys.stderr.write(f"{script}: error: {problem}\n")  # in one write, since other ranks write too
+        sys.stderr.write(f"{script}: error: {problem}\n")  # in one write, as other ranks write too
         sys.exit(1)
 
 
@@ -777,11 +777,11 @@ def begin(function: Callable, *args: Any) -> Future:
 
 def in_background(function: Callable, items: Iterable, ahead: int, submit: Callable = begin) -> Iterator:
     """function(item) for each item, in order, `ahead` of them at a time, by default each in a thread of its own."""
-    items = iter(items)
-    pending = [submit(function, item) for item in itertools.islice(items, ahead)]
+    futures = (submit(function, item) for item in items)
+    pending = [*itertools.islice(futures, ahead)]
     while pending:
         result = pending.pop(0).result()
-        pending += [submit(function, item) for item in itertools.islice(items, 1)]
+        pending += itertools.islice(futures, 1)
         yield result
 
 
