@@ -141,17 +141,16 @@ def read_batches(path: Path) -> Iterator:
     batch = []
     length = 0
     line = 1
-    separators = 0
+    marks = 0
     try:
         for text in READERS[path.suffix.lower()](path):
             if not isinstance(text, str | None):
                 raise ValueError('each document needs a string in the field "text"')
             if text:
-                # encode() fails for half a surrogate pair, which JSON can contain.
-                check_size(len(text.encode()))
+                check_size(len(text.encode()))  # fails for half a surrogate pair, as JSON can have
                 batch.append(text)
                 length += len(text)
-                separators += text.count(END_OF_TEXT)
+                marks += text.count(END_OF_TEXT)
             if length >= BATCH_CHARACTERS:
                 yield batch
                 batch = []
@@ -160,8 +159,8 @@ def read_batches(path: Path) -> Iterator:
     except Exception as error:  # of the file system, zlib, JSON, pyarrow, ...
         where = f"{path}, line {line:,}," if ".json" in path.name.lower() else path
         raise ValueError(f"{where} cannot be read: {str(error) or type(error).__name__}") from error
-    if separators:
-        say(f"warning: {path} has {separators:,} {END_OF_TEXT} in its texts, kept as text", sys.stderr)
+    if marks:
+        say(f"warning: {path} has {marks:,} {END_OF_TEXT} in its texts, kept as text", sys.stderr)
     yield batch
 
 
@@ -169,12 +168,10 @@ def cut_white_space(text: str) -> Iterator:
     """Cut a text into parts that have the same tokens as the whole. tiktoken's regular expression overflows its stack
     on a few hundred thousand spaces in a row, so each long run is cut before its last character, where GPT-2's pattern
     splits anyway (but not at the end of a text)."""
-    # \x1c to \x1f are white space to Python, but not to Rust.
-    spaces = re.compile(r"[^\S\x1c-\x1f]*")
+    spaces = re.compile(r"[^\S\x1c-\x1f]*")  # \x1c to \x1f are white space in Python, not in Rust
     start = 0
     position = 0
-    # Looking once every 1,000 characters finds every run of 2,000.
-    while position < len(text):
+    while position < len(text):  # looking once every 1,000 characters finds every run of 2,000
         end = spaces.match(text, position).end()
         if position + 1000 <= end < len(text):
             yield text[start : end - 1]
@@ -213,18 +210,16 @@ def get(url: str, first: int = 0) -> requests.Response:
         raise requests.HTTPError("HF_ENDPOINT must be an address, without a password")
     if url.startswith("/"):
         url = hub + url
-    headers = {"Accept-Encoding": "identity"}
-    if first:
-        headers["Range"] = f"bytes={first}-"
+    headers = {"Accept-Encoding": "identity", "Range": f"bytes={first}-" if first else None}
     token = os.environ.get("HF_TOKEN", "").strip()
     if token and url.startswith(hub + "/"):
         headers["Authorization"] = f"Bearer {token}"
     session = requests.Session()
     session.auth = lambda request: request  # or .netrc's password would replace the token
-    transient = (408, 429, *range(500, 600))
     waits = {"backoff_factor": 1, "backoff_max": 60, "retry_after_max": 60, "raise_on_status": False}
+    retries = Retry(8, connect=2, read=2, status_forcelist=[408, 429, *range(500, 600)], **waits)
     for adapter in session.adapters.values():
-        adapter.max_retries = Retry(8, connect=2, read=2, status_forcelist=transient, **waits)
+        adapter.max_retries = retries
     response = session.get(url, headers=headers, stream=True, timeout=(10, 30))
     if not response.ok:
         raise requests.HTTPError(f"the server answered {response.status_code}")
@@ -286,7 +281,7 @@ def download(file: RawFile, path: Path) -> Path:
                     out.truncate()
                 for piece in response.iter_content(1 << 14):
                     out.write(piece)
-                    status(f"fetching {file.name}: {out.tell() / 1e6:,.0f} of {file.size / 1e6:,.0f} MB")
+                    status(f"fetching {file.name}: {out.tell() >> 20:,} of {file.size >> 20:,} MiB")
             failures = 0 if out.tell() > before else failures + 1
             if failures == 8:
                 raise requests.ConnectionError
@@ -303,7 +298,7 @@ def tokenize_in_order(files: list, paths: list, start: list, tokenizer_name: str
 
     def read() -> Iterator:
         indices = range(start[0], len(files))
-        fetched = in_background(lambda index: download(files[index], paths[index]), indices, ahead=1)
+        fetched = in_background(lambda i: download(files[i], paths[i]), indices, ahead=1)
         for index, path in enumerate(fetched, start[0]):
             for i, texts in enumerate(read_batches(path)):
                 if [index, i] >= start:
@@ -337,11 +332,9 @@ class Split(NamedTuple):
 
 
 def read_tokenizer_name(directory: Path) -> str:
-    """The name of a data directory's tokenizer, from meta.json; that of other programs' shards, which have none, is
-    GPT-2's. Raises ValueError for incomplete or damaged data."""
+    """The name of a data directory's tokenizer: GPT-2's without meta.json, for shards of another program."""
     path = directory / "meta.json"
-    # SHA256SUMS lists meta.json once the directory is complete.
-    if path.name not in read_checksums(directory):
+    if path.name not in read_checksums(directory):  # which list it once all is complete
         if path.exists():
             raise ValueError(f"{directory} is incomplete; run its prepare_data.py command again")
         return "gpt2"
@@ -368,8 +361,7 @@ def open_split(directory: Path, name: str, sequence_length: int) -> Split:
     first = [0]
     for path in paths:
         if path.name not in listed or not path.is_file():
-            advice = "restore it, or prepare the data again with another --out"
-            raise ValueError(f"{path} is missing, or not in SHA256SUMS; {advice}")
+            raise ValueError(f"{path} is missing, or not in SHA256SUMS; restore it, or prepare it again")
         size = path.stat().st_size
         header = np.fromfile(path, dtype="<i4", count=3).tolist()
         if header != [*SHARD_MAGIC, (size - HEADER_BYTES) / 2] or size <= HEADER_BYTES:
@@ -394,9 +386,8 @@ def read_sequences(split: Split, indices: np.ndarray) -> np.ndarray:
         tokens = np.fromfile(path, dtype="<u2", count=T + 1, offset=start)
         if len(tokens) <= T:
             raise ValueError(f"{path} was truncated while in use")
-        largest = tokens.max()
-        if largest >= split.vocab_size:
-            raise ValueError(f"{path} contains token {largest}, which is not in the vocabulary")
+        if tokens.max() >= split.vocab_size:
+            raise ValueError(f"{path} contains token {tokens.max()}, not in the vocabulary")
         sequences.append(tokens)
     return np.array(sequences, dtype=np.int64)
 
@@ -702,8 +693,7 @@ def one_line_errors(script: str, memory_advice: str) -> Iterator:
         elif not isinstance(error, ValueError | OSError | FloatingPointError):
             raise
         status("")
-        # In one write, since other ranks write too.
-        sys.stderr.write(f"{script}: error: {problem}\n")
+        sys.stderr.write(f"{script}: error: {problem}\n")  # in one write, as other ranks write too
         sys.exit(1)
 
 
@@ -785,11 +775,11 @@ def begin(function: Callable, *args: Any) -> Future:
 
 def in_background(function: Callable, items: Iterable, ahead: int, submit: Callable = begin) -> Iterator:
     """function(item) for each item, in order, `ahead` of them at a time, by default each in a thread of its own."""
-    items = iter(items)
-    pending = [submit(function, item) for item in itertools.islice(items, ahead)]
+    futures = (submit(function, item) for item in items)
+    pending = [*itertools.islice(futures, ahead)]
     while pending:
         result = pending.pop(0).result()
-        pending += [submit(function, item) for item in itertools.islice(items, 1)]
+        pending += itertools.islice(futures, 1)
         yield result
 
 
