@@ -62,7 +62,7 @@ def get_tokenizer(name: str, thread: int = 0) -> tiktoken.Encoding:
     pattern = r"(?s:.{1,512})"
     ranks = {bytes([byte]): byte for byte in range(256)}
     if name == "gpt2":
-        with fetching("GPT-2's tokenizer, which is not in TIKTOKEN_CACHE_DIR,"):
+        with fetching("GPT-2's tokenizer", "connect to the Internet, or set TIKTOKEN_CACHE_DIR to a cache that has it"):
             # In a thread, since tiktoken has no timeout of its own.
             ranks = begin(tiktoken.get_encoding, name).result(timeout=120)._mergeable_ranks
         pattern = GPT2_PATTERN
@@ -227,13 +227,12 @@ def get(url: str, first: int = 0) -> requests.Response:
 
 
 @contextmanager
-def fetching(name: str) -> Iterator:
+def fetching(name: str, advice: str = "check --subset, HF_ENDPOINT, HF_TOKEN, or run it again") -> Iterator:
     """Turn any failure of a request into an OSError that says what to do."""
     try:
         yield
     except (requests.RequestException, TimeoutError, ValueError) as error:
         problem = error if isinstance(error, requests.HTTPError) else type(error).__name__
-        advice = "check --subset, HF_ENDPOINT, HF_TOKEN and your connection, or run it again"
         raise OSError(f"{name} could not be fetched: {problem}; {advice}") from error
 
 
@@ -246,12 +245,14 @@ def list_hub(repository: str, folder: str = "") -> list:
     files = set()
     while url:
         status(f"fetching {name}")
+        page = b""
         with fetching(name), get(url) as response:
-            page = response.json()
-            if time.monotonic() > deadline:
-                raise TimeoutError
+            for piece in iter(lambda: response.raw.read1(1 << 16), b""):
+                page += piece
+                if time.monotonic() > deadline:
+                    raise TimeoutError
         with reading(name):
-            for entry in page:
+            for entry in json.loads(page):
                 path = str(entry["path"])
                 checksum = (entry.get("lfs") or {}).get("oid", "")
                 files.add(RawFile(path, int(entry["size"]), checksum, f"{base}/{path}"))
@@ -269,20 +270,23 @@ def download(file: RawFile, path: Path) -> Path:
     part = path.with_name(path.name + ".part")
     broken = (requests.ConnectionError, requests.exceptions.ChunkedEncodingError)
     with fetching(file.name), writing(part), open(part, "ab") as out:
+        furthest = out.tell()
         failures = 0  # one after another, without progress
         while out.tell() < file.size:
             if failures:
                 say(f"fetching {file.name}: the connection broke; trying again", sys.stderr)
                 time.sleep(min(60.0, 2.0**failures - 1))
-            before = out.tell()
-            with suppress(*broken), get(file.url, before) as response:
+            with suppress(*broken), get(file.url, out.tell()) as response:
                 if response.status_code != 206:  # the server ignores ranges
+                    out.truncate(0)
                     out.seek(0)
-                    out.truncate()
                 for piece in response.iter_content(1 << 14):
                     out.write(piece)
                     status(f"fetching {file.name}: {out.tell() >> 20:,} of {file.size >> 20:,} MiB")
-            failures = 0 if out.tell() > before else failures + 1
+                    if out.tell() > file.size:
+                        break
+            failures = 0 if out.tell() > furthest else failures + 1
+            furthest = max(furthest, out.tell())
             if failures == 8:
                 raise requests.ConnectionError
     if part.stat().st_size != file.size or file.sha256 not in ("", sha256_of(part)):
@@ -465,8 +469,7 @@ def write_meta(out: Path, meta: dict) -> None:
 
 
 def add_shard(out: Path, meta: dict, pieces: list, split: str, position: list) -> None:
-    """Write a shard, its checksum, then meta.json, with the split's new counts and the `position` of the first token
-    that is in no shard yet."""
+    """Write a shard, its checksum, then meta.json, with the `position` of the first token that is in no shard yet."""
     tokenizer = get_tokenizer(meta["tokenizer"])
     counts = meta[split]
     total = sum(map(len, pieces))
@@ -519,8 +522,7 @@ def open_meta(settings: dict, files: list, out: Path) -> dict:
 
 
 def check_unchanged(files: list) -> None:
-    """Raise ValueError if one of the user's files has changed since its sha256 was taken. This is called after a
-    shard's text is read and before the shard is written, so that all shards are made from the same text."""
+    """Raise ValueError if one of the user's files has changed since its sha256 was taken."""
     for file in files:
         if file.changed and os.stat(file.name).st_ctime_ns != file.changed:
             raise ValueError(f"{file.name} has changed since the start; restore it, or use another --out")
@@ -569,7 +571,7 @@ def prepare(settings: dict, files: list, out: Path, workers: int) -> dict:
             used += len(piece)
             room -= len(piece)
             if room == 0:
-                check_unchanged(files)
+                check_unchanged(files)  # so that all shards are made from the same text
                 add_shard(out, meta, pieces, split, [*place, used])
                 split, room = next_shard(meta)
                 pieces = []
@@ -615,8 +617,7 @@ def checkpoints(run: Path) -> list[Path]:
 
 
 def newest_checkpoint(run: Path) -> Path | None:
-    """A run's newest intact checkpoint, or None if it has no checkpoint. Damaged ones are skipped, with a warning.
-    Raises FileNotFoundError if all are damaged."""
+    """A run's newest intact checkpoint, or None if it has none at all. Raises FileNotFoundError if all are damaged."""
     found = checkpoints(run)
     for checkpoint in reversed(found):
         try:
@@ -631,8 +632,7 @@ def newest_checkpoint(run: Path) -> Path | None:
 
 def model_directory(name_or_dir: str | Path) -> Path:
     """The directory of a model, given that directory, a run (its newest checkpoint), a directory of runs (the newest
-    run's), or the name of one of OpenAI's models, which one process fetches for all on first use. Raises
-    FileNotFoundError if there is no such model, ValueError if it is damaged, OSError if it cannot be fetched."""
+    run's), or the name of one of OpenAI's models. Raises ValueError if it is damaged, OSError if there is none."""
     directory = Path(name_or_dir)
     if all((directory / name).exists() for name in MODEL_FILES):
         # Every checkpoint has checksums; a model from elsewhere need not.
@@ -649,7 +649,7 @@ def model_directory(name_or_dir: str | Path) -> Path:
 
 
 def fetch_model(name: str) -> Path:
-    """The directory of one of OpenAI's models, fetched if missing or damaged. Raises OSError."""
+    """The directory of one of OpenAI's models; if missing or damaged, one process fetches it for all."""
     directory = Path("data/models") / name
     with suppress(OSError, ValueError):
         check_checksums(directory, MODEL_FILES)
@@ -688,7 +688,7 @@ def one_line_errors(script: str, memory_advice: str) -> Iterator:
         problem = printable(" ".join(str(error).split())) or type(error).__name__
         if isinstance(error, ModuleNotFoundError):
             problem += f"; pip install {error.name}"
-        elif re.search("MemoryError|out of memory|allocate|start new thread", problem):
+        elif isinstance(error, MemoryError) or re.search("out of memory|allocate memory|start new thread", problem):
             problem = f"out of memory, or of threads; {memory_advice}"
         elif not isinstance(error, ValueError | OSError | FloatingPointError):
             raise
@@ -698,8 +698,8 @@ def one_line_errors(script: str, memory_advice: str) -> Iterator:
 
 
 def printable(text: str) -> str:
-    """Replace control characters, which a terminal would obey."""
-    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "?", text)
+    """Replace what a terminal would not print but obey."""
+    return "".join(c if c.isprintable() or c in "\n\t" else "?" for c in text)
 
 
 def is_main_process() -> bool:
@@ -788,15 +788,14 @@ def in_background(function: Callable, items: Iterable, ahead: int, submit: Calla
 
 @contextmanager
 def locked(directory: Path, wait: bool = False) -> Iterator:
-    """Hold the lock of a directory, created if need be, so that only one process writes to it. The lock ends with its
-    process, however that ends. Raises BlockingIOError if another process holds it; with `wait`, waits for it."""
+    """Hold the lock of a directory, created if need be, which also ends with its process. If another process holds
+    it, wait for it or raise BlockingIOError."""
     directory.mkdir(parents=True, exist_ok=True)
     with open(directory / ".lock", "a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            advice = "wait, or use another --out"
-            raise BlockingIOError(f"{directory} is in use by another process; {advice}") from error
+            raise BlockingIOError(f"{directory} is in use by another process; use another --out") from error
         except OSError as error:  # a network file system without locks
             say(f"warning: {directory} cannot be locked ({error}); let only one run write to it", sys.stderr)
         yield
@@ -879,8 +878,7 @@ def check_checksums(directory: Path, names: Iterable) -> None:
     for name in names:
         path = directory / name
         if not path.is_file() or sha256_of(path) != checksums.get(name):
-            problem = f"{path} is damaged, missing, or not in SHA256SUMS"
-            raise ValueError(f"{problem}; restore it, or use another directory")
+            raise ValueError(f"{path} is damaged, missing, or not in SHA256SUMS; restore it, or use another directory")
 
 
 # The command line
