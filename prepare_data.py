@@ -234,7 +234,7 @@ def fetching(name: str) -> Iterator:
         yield
     except (requests.RequestException, TimeoutError, ValueError) as error:
         problem = error if isinstance(error, requests.HTTPError) else type(error).__name__
-        advice = "check --subset, HF_ENDPOINT, HF_TOKEN and your connection, or run it again"
+        advice = "check --subset, HF_ENDPOINT, HF_TOKEN and your connection, or run the command again"
         raise OSError(f"{name} could not be fetched: {problem}; {advice}") from error
 
 
@@ -280,7 +280,7 @@ def download(file: RawFile, path: Path) -> Path:
                 if response.status_code != 206:  # the server ignores ranges
                     out.seek(0)
                     out.truncate()
-                for piece in response.iter_content(1 << 14):
+                for piece in response.iter_content(1 << 15):
                     out.write(piece)
                     status(f"fetching {file.name}: {out.tell() >> 20:,} of {file.size >> 20:,} MiB")
             failures = 0 if out.tell() > before else failures + 1
@@ -690,7 +690,7 @@ def one_line_errors(script: str, memory_advice: str) -> Iterator:
         problem = printable(" ".join(str(error).split())) or type(error).__name__
         if isinstance(error, ModuleNotFoundError):
             problem += f"; pip install {error.name}"
-        elif re.search("MemoryError|out of memory|allocate|start new thread", problem):
+        elif re.search("MemoryError|out of memory|to allocate|allocate memory|start new thread", problem):
             problem = f"out of memory, or of threads; {memory_advice}"
         elif not isinstance(error, ValueError | OSError | FloatingPointError):
             raise
