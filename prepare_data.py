@@ -280,7 +280,7 @@ def download(file: RawFile, path: Path) -> Path:
                 if response.status_code != 206:  # the server ignores ranges
                     out.truncate(0)
                     out.seek(0)
-                for piece in response.iter_content(1 << 14):
+                for piece in response.iter_content(1 << 15):
                     out.write(piece)
                     status(f"fetching {file.name}: {out.tell() >> 20:,} of {file.size >> 20:,} MiB")
                     if out.tell() > file.size:
