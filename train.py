@@ -135,11 +135,6 @@ def learning_rate(step: int, config: TrainConfig) -> float:
     return config.min_lr + (config.max_lr - config.min_lr) * cosine
 
 
-def due(step: int, every: int, last: int) -> bool:
-    """Whether to act at `step`: at each multiple of `every` and at the last step; never if `every` is 0."""
-    return every > 0 and (step % every == 0 or step == last)
-
-
 # Processes
 
 
@@ -193,7 +188,6 @@ def join_processes(rank: int, world_size: int, device: torch.device) -> None:
     try:
         if not 0 < port < 2**16:
             raise ValueError("there is no such port")
-        socket.getaddrinfo(host, port)  # fails at once if the name does not exist
         # Wait for the store to listen, since PyTorch would log a stack trace for every attempt.
         while not serves:
             try:
@@ -205,15 +199,14 @@ def join_processes(rank: int, world_size: int, device: torch.device) -> None:
                 time.sleep(1)
         address = "localhost" if serves else host
         # In a thread, so that Ctrl-C ends the wait.
-        waiting = prep.begin(dist.TCPStore, address, port, world_size, serves, timedelta(minutes=5))
-        store = waiting.result(600)
+        store = prep.begin(dist.TCPStore, address, port, world_size, serves).result(600)
         # Each restart has its own prefix in the store, or workers would find the addresses of dead
         # ones. On a single machine only, since several may count restarts differently.
         if world_size == read_environment("LOCAL_WORLD_SIZE", 0):
             store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        limit = timedelta(minutes=30)  # for rank 0 to write gpt2-xl's checkpoint of 19 GB
         device_id = device if device.type == "cuda" else None
+        backend = "nccl" if device_id else "gloo"
+        limit = timedelta(minutes=30)  # for rank 0 to write gpt2-xl's checkpoint of 19 GB
         dist.init_process_group(backend, None, limit, world_size, rank, store, device_id=device_id)
     except (RuntimeError, ValueError, OSError) as error:
         problem = str(error).split("\n")[0]
@@ -267,13 +260,11 @@ def epoch_order(sequences: int, seed: int, epoch: int) -> np.ndarray:
 def batch_indices(split: Split, config: TrainConfig, step: int) -> np.ndarray:
     """The indices of update `step`'s sequences: (total_batch_tokens / T,) int64, whatever the number of devices."""
     batch_size = config.total_batch_tokens // config.sequence_length
-    positions = np.arange(batch_size) + (step - 1) * batch_size  # in the sequences of all epochs
-    epochs, places = np.divmod(positions, split.sequences)
-    parts = []
-    for epoch in np.unique(epochs):
-        order = epoch_order(split.sequences, config.seed, epoch)
-        parts.append(order[places[epochs == epoch]])
-    return np.concatenate(parts)
+    indices = []
+    for position in range((step - 1) * batch_size, step * batch_size):  # in the sequences of all epochs
+        epoch, place = divmod(position, split.sequences)
+        indices.append(epoch_order(split.sequences, config.seed, epoch)[place])
+    return np.array(indices)
 
 
 def identify_shards(data: Path, splits: list[Split | None], saved: dict) -> dict:
@@ -285,11 +276,10 @@ def identify_shards(data: Path, splits: list[Split | None], saved: dict) -> dict
     for split in filter(None, splits):
         for path, tokens in zip(split.paths, split.tokens, strict=True):
             count = f"{tokens} tokens"
-            now = checksums.get(path.name, count)
-            shards[path.name] = now
-            then = saved.get(path.name, now)
+            shards[path.name] = checksums.get(path.name, count)
+            then = saved.get(path.name, count)
             # A shard is identified in the other way if SHA256SUMS has been added or removed since.
-            if then not in (now, count) and then != prep.sha256_of(path):
+            if then not in (shards[path.name], count) and then != prep.sha256_of(path):
                 changed.add(path.name)
     if saved:
         # Validation shards may come and go: a resumed run may begin to evaluate, or stop.
@@ -312,7 +302,6 @@ def save_checkpoint(out: Path, model: GPT, trainer: dict, tokenizer: str, files:
     try:
         for left in out.glob(f"step_{'[0-9]' * 6}.tmp"):  # left by a crash
             shutil.rmtree(left)
-        part.mkdir(parents=True)
         gpt.save_model(model, part, tokenizer)
         for name, content in files.items():
             (part / name).write_bytes(content)
@@ -337,8 +326,8 @@ def find_best(out: Path) -> Path | None:
     """The checkpoint with the lowest validation loss in the log, if any."""
     losses = {}
     for entry in read_log(out):
-        if isinstance(entry.get("val_loss"), float) and "step" in entry:
-            losses[out / f"step_{entry['step']:06d}"] = entry["val_loss"]
+        if isinstance(entry.get("val_loss"), float):
+            losses[out / f"step_{entry.get('step', 0):06d}"] = entry["val_loss"]
     evaluated = [path for path in prep.checkpoints(out) if path in losses]
     return min(evaluated, key=losses.get, default=None)
 
@@ -390,16 +379,14 @@ def read_log(out: Path) -> list[dict]:
     return entries
 
 
-def open_log(out: Path, config: TrainConfig, step: int) -> Callable[[dict], None]:
+def open_log(out: Path, config: TrainConfig, step: int, evaluates: bool) -> Callable[[dict], None]:
     """Return a function that appends an entry to metrics.jsonl, which it recreates if it has been deleted. First drop
-    the entries after `step`, and the evaluation at `step` if it will be repeated."""
+    the entries after `step` and, if the run `evaluates` it again, the evaluation of `step`."""
     path = out / "metrics.jsonl"
     kept = []
-    # The evaluation of a step follows its update.
-    last = (step, not due(step, config.eval_every, config.steps))
     for entry in read_log(out):
-        place = (entry.get("step", 0), "train_loss" not in entry)  # the settings have no step
-        if place <= last:
+        # The settings have no step, and the evaluation of a step follows its update.
+        if (entry.get("step", 0), "train_loss" not in entry) <= (step, not evaluates):
             kept.append(entry)
     kept = kept or [{"config": vars(config)}]
     prep.write_atomically(path, [json.dumps(entry).encode() + b"\n" for entry in kept])
@@ -413,7 +400,7 @@ def open_log(out: Path, config: TrainConfig, step: int) -> Callable[[dict], None
         if torch.cuda.is_initialized():
             entry = entry | {"memory_gb": torch.cuda.max_memory_allocated() / 1e9}
         out.mkdir(exist_ok=True)
-        with prep.writing(path), open(path, "a", encoding="utf-8") as log:
+        with prep.writing(path), open(path, "a") as log:
             log.write(json.dumps(entry) + "\n")
         if board:
             for name, value in entry.items():
@@ -455,8 +442,7 @@ def read_tasks(name: str, path: Path, tokenizer: tiktoken.Encoding, most: int) -
                 if len(endings) != 4 or not 0 <= label < 4:
                     raise ValueError("it needs four endings and the number of the right one")
                 endings.append(endings.pop(label))  # the right one comes last
-            # prep.tokenize can encode any white space, and begins with <|endoftext|>, which is not
-            # part of a task.
+            # The first token is <|endoftext|>, which is not part of a task.
             context_tokens = prep.tokenize([context], tokenizer)[1:].tolist()
             if not context_tokens:
                 raise ValueError("its context is empty")
@@ -474,7 +460,7 @@ def open_evaluation(config: TrainConfig, split: Split, tokenizer: tiktoken.Encod
     T = config.sequence_length
     count = min(max(1, config.eval_tokens // T), split.sequences)
     rows = prep.read_sequences(split, np.arange(count))
-    text_bytes = int(prep.token_bytes(tokenizer)[rows[:, 1:]].sum(dtype=np.int64))
+    text_bytes = int(prep.token_bytes(tokenizer)[rows[:, 1:]].sum())
     sets = [EvalSet("val", torch.from_numpy(rows), [T] * count, text_bytes)]
     for name in prep.EVALUATION_SETS:
         path = Path(config.data).parent / name / prep.FILES[name].name
@@ -555,15 +541,18 @@ def evaluate(model: GPT, sets: list[EvalSet], process: Process) -> dict | None:
 # The run
 
 
-def build_model(config: TrainConfig, source: Path | None, tokenizer: tiktoken.Encoding) -> GPT:
-    """The model in the directory `source`, else a new one. Raises ValueError when it does not fit the data."""
+def build_model(config: TrainConfig, source: Path | None) -> tuple[GPT, tiktoken.Encoding]:
+    """The model in the directory `source`, else a new one, and the data's tokenizer. Raises ValueError when the model
+    does not fit the data."""
     T = config.sequence_length
+    tokenizer = prep.get_tokenizer(prep.read_tokenizer_name(Path(config.data)))
     used = tokenizer.n_vocab
     if source is None:
         size = MODEL_SIZES[config.model]
-        names = ("n_layer", "n_head", "n_embd")
-        given = {name: getattr(config, name) for name in names if getattr(config, name)}
-        return GPT(replace(size, block_size=T, vocab_size=used, dropout=config.dropout, **given))
+        n_layer = config.n_layer or size.n_layer
+        n_head = config.n_head or size.n_head
+        n_embd = config.n_embd or size.n_embd
+        return GPT(gpt.GPTConfig(T, used, n_layer, n_head, n_embd, config.dropout)), tokenizer
     shape, tokenizer_name = gpt.read_config(source)
     if tokenizer_name != tokenizer.name:
         raise ValueError(f"{source} needs data prepared with --tokenizer {tokenizer_name}; {config.data} is not")
@@ -571,7 +560,7 @@ def build_model(config: TrainConfig, source: Path | None, tokenizer: tiktoken.En
         raise ValueError(f"--sequence-length {T} exceeds {source}'s context of {shape.block_size}")
     if shape.vocab_size > used:
         say(f"{source} has {shape.vocab_size} tokens, of which the first {used} are used")
-    return gpt.load_model(source, config.dropout, used)
+    return gpt.load_model(source, config.dropout, used), tokenizer
 
 
 def pass_over_zeros(runner: Any, size: int, T: int, process: Process, sync: bool) -> None:
@@ -634,10 +623,8 @@ def evaluate_only(config: TrainConfig, given: dict) -> None:
         prep.check_checksums(source, ["trainer.pt"])
         config = load_trainer(source, given)["config"]
     status(f"reading {source}")
-    data = Path(config.data)
-    split = prep.open_split(data, "val", config.sequence_length)
-    tokenizer = prep.get_tokenizer(prep.read_tokenizer_name(data))
-    model = build_model(config, source, tokenizer)
+    split = prep.open_split(Path(config.data), "val", config.sequence_length)
+    model, tokenizer = build_model(config, source)
     process = start_process(config)
     model.to(process.device)
     sets = open_evaluation(config, split, tokenizer, model.config.block_size)
@@ -672,7 +659,6 @@ def train(config: TrainConfig, given: dict) -> int:
     batch_tokens = config.total_batch_tokens
     status(f"reading {source or data}")
     split = prep.open_split(data, "train", T)
-    tokenizer = prep.get_tokenizer(prep.read_tokenizer_name(data))
     usable = T * split.sequences
     if batch_tokens > usable:
         raise ValueError(f"{data} has only {usable:,} usable tokens; lower --total-batch-tokens, or use --preset book")
@@ -681,7 +667,7 @@ def train(config: TrainConfig, given: dict) -> int:
 
     # The model, the processes, and the device of each
     torch.manual_seed(config.seed)
-    model = build_model(config, source, tokenizer)
+    model, tokenizer = build_model(config, source)
     process = start_process(config)
     rank, world_size, device, dtype, autocast, stops = process
     if any(seen != (step, shards) for seen in gather((step, shards))):
@@ -712,7 +698,6 @@ def train(config: TrainConfig, given: dict) -> int:
                 scaler.load_state_dict(trainer["scaler"])
 
     # The log
-    record = open_log(out, config, step) if rank == 0 else lambda entry: None
     epochs = config.steps * batch_tokens / sum(split.tokens)
     passes = batch_tokens // (size * T * world_size)
     say(f"{'resumed' if checkpoint else 'started'} from {source or 'scratch'}")
@@ -720,7 +705,12 @@ def train(config: TrainConfig, given: dict) -> int:
     say(f"{config.steps:,} updates of {batch_tokens:,} tokens, or {epochs:,.2f} epochs of {data}")
     say(f"an update: {passes} micro-batches x {world_size} ranks x {size} sequences x {T} tokens")
 
+    def due(every: int) -> bool:
+        """Whether to act at this step: at each multiple of `every` and at the last; never if `every` is 0."""
+        return every > 0 and (step % every == 0 or step == config.steps)
+
     # What the loop does now and then
+    record = open_log(out, config, step, due(config.eval_every)) if rank == 0 else lambda entry: None
     sets = open_evaluation(config, val_split, tokenizer, model.config.block_size) if val_split else []
     peak_flops = None
     if device.type == "cuda" and dtype != torch.float32:
@@ -730,12 +720,11 @@ def train(config: TrainConfig, given: dict) -> int:
 
     def load(step: int) -> Tensor:
         """This rank's part of a batch: (micro-batches, micro-batch size, T + 1) int64 on the CPU."""
-        indices = batch_indices(split, config, step)
-        indices = indices.reshape(passes, world_size, size)[:, rank]
-        sequences = prep.read_sequences(split, indices.ravel())
+        indices = batch_indices(split, config, step).reshape(passes, world_size, size)
+        sequences = prep.read_sequences(split, indices[:, rank].ravel())
         return torch.from_numpy(sequences).view(passes, size, T + 1)
 
-    def log_update(step: int, loss: float, lr: float, norm: float, dt: float) -> None:
+    def log_update(loss: float, lr: float, norm: float, dt: float) -> None:
         rate = batch_tokens / dt
         entry = {"step": step, "seconds": seconds, "train_loss": loss, "lr": lr}
         entry["grad_norm"] = norm if math.isfinite(norm) else None
@@ -758,7 +747,7 @@ def train(config: TrainConfig, given: dict) -> int:
             tokens = torch.cat(list(steps)).tolist()
         say(f"sample:\n{tokenizer.decode(tokens)}")
 
-    def log_evaluation(step: int) -> bool:
+    def log_evaluation() -> bool:
         """Evaluate on all ranks, and log. Returns True, and logs nothing, if a signal on any rank ended it."""
         say(f"step {step}  evaluation")
         metrics = evaluate(model, sets, process)
@@ -766,7 +755,7 @@ def train(config: TrainConfig, given: dict) -> int:
             record({"step": step, "seconds": seconds} | metrics)
         return metrics is None
 
-    def save(step: int) -> int:
+    def save() -> int:
         """Write a checkpoint, with the help of all ranks, and return its step."""
         if zero:
             optimizer.consolidate_state_dict(to=0)
@@ -784,7 +773,7 @@ def train(config: TrainConfig, given: dict) -> int:
     batches = prep.in_background(load, remaining, ahead=1)
     catch_signals(stops)
     saved = step
-    stop = due(step, config.eval_every, config.steps) and log_evaluation(step)
+    stop = due(config.eval_every) and log_evaluation()
     for step in remaining:
         if stop:
             break
@@ -825,14 +814,14 @@ def train(config: TrainConfig, given: dict) -> int:
         dt = time.perf_counter() - began
         seconds += dt
         stop = stopping > 0
-        if due(step, config.log_every, config.steps):
-            log_update(step, mean_loss, lr, mean_norm, dt)
-        if due(step, config.sample_every, config.steps) and rank == 0:
+        if due(config.log_every):
+            log_update(mean_loss, lr, mean_norm, dt)
+        if due(config.sample_every) and rank == 0:
             print_sample()
-        if due(step, config.eval_every, config.steps):
-            stop = log_evaluation(step) or stop
-        if stop or step == config.steps or due(step, config.checkpoint_every, config.steps):
-            saved = save(step)
+        if due(config.eval_every):
+            stop = log_evaluation() or stop
+        if stop or step == config.steps or due(config.checkpoint_every):
+            saved = save()
 
     if stop:
         say(f"interrupted after step {saved}; to continue, run the same command with --resume")
