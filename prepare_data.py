@@ -440,9 +440,7 @@ def write_demo(directory: Path) -> RawFile:
 def list_corpus(settings: dict) -> list:
     """The Parquet files of a sample or a dump of FineWeb, as many as max_tokens needs. Raises OSError."""
     subset = settings["subset"]
-    folder = f"/data/{subset}"
-    if subset.startswith("sample-"):
-        folder = subset.replace("sample-", "/sample/")
+    folder = subset.replace("sample-", "/sample/") if subset.startswith("sample-") else f"/data/{subset}"
     needed = []
     tokens = 0
     for file in list_hub(f"datasets/{HUB_DATASETS[settings['source']]}", folder):
@@ -605,12 +603,11 @@ def checkpoints(run: Path) -> list[Path]:
         if not re.fullmatch("step_([0-9]{6}|[1-9][0-9]{6,})", directory.name):
             continue
         path = directory / "trainer.pt"
-        # Without a readable trainer.pt, a checkpoint is known by its SHA256SUMS.
-        is_checkpoint = path.name in read_checksums(directory)
-        if path.is_file():
-            with suppress(Exception):  # it is damaged
-                trainer = dict(torch.load(path, map_location="cpu", weights_only=True, mmap=True))
-                is_checkpoint = trainer.get("step") == int(directory.name[5:])
+        try:
+            trainer = dict(torch.load(path, map_location="cpu", weights_only=True, mmap=True))
+            is_checkpoint = trainer.get("step") == int(directory.name[5:])
+        except Exception:  # a damaged checkpoint is known by its SHA256SUMS
+            is_checkpoint = path.name in read_checksums(directory)
         if is_checkpoint is True:  # the step of a foreign file may be anything
             found.append(directory)
     return sorted(found, key=lambda path: int(path.name[5:]))
