@@ -62,7 +62,7 @@ def get_tokenizer(name: str, thread: int = 0) -> tiktoken.Encoding:
     pattern = r"(?s:.{1,512})"
     ranks = {bytes([byte]): byte for byte in range(256)}
     if name == "gpt2":
-        with fetching("GPT-2's tokenizer", "connect to the Internet, or set TIKTOKEN_CACHE_DIR to a cache that has it"):
+        with fetching("GPT-2's tokenizer", "go online, or set TIKTOKEN_CACHE_DIR to a cache with it"):
             # In a thread, since tiktoken has no timeout of its own.
             ranks = begin(tiktoken.get_encoding, name).result(timeout=120)._mergeable_ranks
         pattern = GPT2_PATTERN
@@ -216,8 +216,8 @@ def get(url: str, first: int = 0) -> requests.Response:
         headers["Authorization"] = f"Bearer {token}"
     session = requests.Session()
     session.auth = lambda request: request  # or .netrc's password would replace the token
-    waits = {"backoff_factor": 1, "backoff_max": 60, "retry_after_max": 60, "raise_on_status": False}
-    retries = Retry(8, connect=2, read=2, status_forcelist=[408, 429, *range(500, 600)], **waits)
+    wait = {"backoff_factor": 1, "backoff_max": 60, "retry_after_max": 60, "raise_on_status": False}
+    retries = Retry(8, connect=2, read=2, status_forcelist=[408, 429, *range(500, 600)], **wait)
     for adapter in session.adapters.values():
         adapter.max_retries = retries
     response = session.get(url, headers=headers, stream=True, timeout=(10, 30))
@@ -247,7 +247,7 @@ def list_hub(repository: str, folder: str = "") -> list:
         status(f"fetching {name}")
         page = b""
         with fetching(name), get(url) as response:
-            for piece in iter(lambda: response.raw.read1(1 << 16), b""):
+            for piece in response.iter_content(64):  # few bytes, or it could last for hours
                 page += piece
                 if time.monotonic() > deadline:
                     raise TimeoutError
@@ -347,7 +347,7 @@ def read_tokenizer_name(directory: Path) -> str:
         name = json.loads(path.read_bytes())["tokenizer"]
         if name not in VOCAB_SIZES:
             raise ValueError(f"its tokenizer, {name}, is unknown")
-        return name
+    return name
 
 
 def is_of_split(file: str, split: str) -> bool:
@@ -365,7 +365,7 @@ def open_split(directory: Path, name: str, sequence_length: int) -> Split:
     first = [0]
     for path in paths:
         if path.name not in listed or not path.is_file():
-            raise ValueError(f"{path} is missing, or not in SHA256SUMS; restore it, or prepare it again")
+            raise ValueError(f"{path} is missing, or not in SHA256SUMS; restore it, or start over")
         size = path.stat().st_size
         header = np.fromfile(path, dtype="<i4", count=3).tolist()
         if header != [*SHARD_MAGIC, (size - HEADER_BYTES) / 2] or size <= HEADER_BYTES:
