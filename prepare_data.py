@@ -39,6 +39,7 @@ try:
     import tiktoken
     from requests.adapters import Retry
     from tiktoken.load import read_file_cached
+    from urllib3.exceptions import HTTPError
 except ImportError as error:
     advice = "on Windows, use WSL" if error.name == "fcntl" else "pip install -r requirements.txt"
     sys.exit(f"{Path(sys.argv[0]).name}: error: {error}; {advice}")
@@ -231,7 +232,7 @@ def fetching(name: str, advice: str = "check --subset, HF_ENDPOINT, HF_TOKEN, or
     """Turn any failure of a request into an OSError that says what to do."""
     try:
         yield
-    except (requests.RequestException, TimeoutError, ValueError) as error:
+    except (requests.RequestException, HTTPError, TimeoutError, ValueError) as error:
         problem = error if isinstance(error, requests.HTTPError) else type(error).__name__
         raise OSError(f"{name} could not be fetched: {problem}; {advice}") from error
 
@@ -247,7 +248,7 @@ def list_hub(repository: str, folder: str = "") -> list:
         status(f"fetching {name}")
         page = b""
         with fetching(name), get(url) as response:
-            for piece in response.iter_content(64):  # few bytes, or it could last for hours
+            for piece in iter(lambda: response.raw.read1(1 << 16), b""):  # whatever has arrived
                 page += piece
                 if time.monotonic() > deadline:
                     raise TimeoutError
@@ -268,7 +269,6 @@ def download(file: RawFile, path: Path) -> Path:
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
-    broken = (requests.ConnectionError, requests.exceptions.ChunkedEncodingError)
     with fetching(file.name), writing(part), open(part, "ab") as out:
         furthest = out.tell()
         failures = 0  # one after another, without progress
@@ -276,11 +276,11 @@ def download(file: RawFile, path: Path) -> Path:
             if failures:
                 say(f"fetching {file.name}: the connection broke; trying again", sys.stderr)
                 time.sleep(min(60.0, 2.0**failures - 1))
-            with suppress(*broken), get(file.url, out.tell()) as response:
+            with suppress(requests.ConnectionError, HTTPError), get(file.url, out.tell()) as response:
                 if response.status_code != 206:  # the server ignores ranges
                     out.truncate(0)
                     out.seek(0)
-                for piece in response.iter_content(1 << 15):
+                for piece in iter(lambda: response.raw.read1(1 << 20), b""):
                     out.write(piece)
                     status(f"fetching {file.name}: {out.tell() >> 20:,} of {file.size >> 20:,} MiB")
                     if out.tell() > file.size:

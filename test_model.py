@@ -668,6 +668,8 @@ def test_what_cannot_be_fetched_ends_in_one_line(hub: Any, monkeypatch: Patch) -
     assert "000_00000" in path  # it needs the first only
     hub.content[path] = bytes(len(hub.content[path]))
     refused(f"{command}=damaged", "000_00000.parquet.*sha256")
+    hub.faults[:] = ["drop"]  # half of the listing
+    refused(f"{command}=nothing", "the list of datasets/.* could not be fetched")
     for setting, words in (
         ("HF_ENDPOINT=http://user:SECRET@host", "HF_ENDPOINT must be"),
         ("HF_ENDPOINT=http://127.0.0.1:1", "ConnectionError"),
