@@ -32,9 +32,7 @@ try:
     import tiktoken
     import torch
     import torch.distributed as dist
-    from safetensors import SafetensorError
     from torch import Tensor
-    from torch.nn.parallel import DistributedDataParallel
     from torch.utils._triton import has_triton
 
     import model as gpt
@@ -65,7 +63,7 @@ class TrainConfig:
     seed: int = option(1337, "random seed for initialization, data order and dropout")
     sequence_length: int = option(1024, "tokens in a sequence, and a new model's context", 1, 2**20)
     micro_batch_size: int = option(0, "sequences in a micro-batch (default: as many as fit)")
-    total_batch_tokens: int = option(2**19, "tokens in an update, over all devices and micro-batches", 1)
+    total_batch_tokens: int = option(2**19, "tokens in an update, over all devices", 1)
     steps: int = option(19073, "number of updates", 1)
     warmup_steps: int = option(715, "warmup updates")
     max_lr: float = option(6e-4, "learning rate after the warmup")
@@ -101,10 +99,9 @@ class TrainConfig:
 
 # What a resumed run may change. A change of any other setting would make it another run.
 MAY_CHANGE = {
-    "data", "out", "resume", "init_from", "eval_only",
-    "micro_batch_size", "dtype", "compile", "device", "zero",
-    "eval_every", "eval_tokens", "eval_tasks", "sample_every",
-    "log_every", "tensorboard", "checkpoint_every", "keep_checkpoints",
+    "data", "out", "resume", "init_from", "eval_only", "micro_batch_size", "dtype", "compile", "device",
+    "zero", "eval_every", "eval_tokens", "eval_tasks", "sample_every", "log_every", "tensorboard",
+    "checkpoint_every", "keep_checkpoints",
 }  # fmt: skip
 
 BOOK = TrainConfig(  # for a single book: a few minutes on a laptop
@@ -131,23 +128,18 @@ def learning_rate(step: int, config: TrainConfig) -> float:
     if step < config.warmup_steps:
         return config.max_lr * step / config.warmup_steps
     progress = (step - config.warmup_steps) / (config.steps - config.warmup_steps)
-    cosine = (1 + math.cos(math.pi * progress)) / 2
-    return config.min_lr + (config.max_lr - config.min_lr) * cosine
-
-
-def due(step: int, every: int, last: int) -> bool:
-    """Whether to act at `step`: at each multiple of `every` and at the last step; never if `every` is 0."""
-    return every > 0 and (step % every == 0 or step == last)
+    return config.min_lr + (config.max_lr - config.min_lr) * (1 + math.cos(math.pi * progress)) / 2
 
 
 # Processes
 
 
-def read_environment(name: str, default: int) -> int:
-    """A number that torchrun sets, at least `default`. Raises ValueError if it is not one."""
+def read_environment(name: str, default: int, most: int = 2**31 - 1) -> int:
+    """A number that torchrun sets, from `default` to `most`. Raises ValueError if it is not one."""
     text = os.environ.get(name, str(default))
-    if not text.isdecimal() or int(text) < default:
-        raise ValueError(f"{name} is {text!r} in the environment; unset it, or start with torchrun")
+    if not text.isdecimal() or not default <= int(text) <= most:
+        problem = f"{name} is {text!r} in the environment, not from {default} to {most}"
+        raise ValueError(f"{problem}; unset it, or use torchrun, with at most one process per GPU")
     return int(text)
 
 
@@ -164,15 +156,11 @@ class Process(NamedTuple):
 
 def start_process(config: TrainConfig) -> Process:
     """Choose the device and, under torchrun, join the other processes. Raises ValueError, OSError."""
-    rank = read_environment("RANK", 0)
-    local_rank = read_environment("LOCAL_RANK", 0)
     world_size = read_environment("WORLD_SIZE", 1)
-    if rank >= world_size:
-        raise ValueError(f"RANK is {rank}, but WORLD_SIZE is {world_size}; start with torchrun")
+    rank = read_environment("RANK", 0, world_size - 1)
     device = gpt.choose_device(config.device)
     if device.type == "cuda":
-        if local_rank >= torch.cuda.device_count():
-            raise ValueError(f"there is no GPU for local rank {local_rank}; use a smaller --nproc_per_node")
+        local_rank = read_environment("LOCAL_RANK", 0, torch.cuda.device_count() - 1)
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
     if "WORLD_SIZE" in os.environ:  # set by torchrun, even for a single process
@@ -185,15 +173,12 @@ def start_process(config: TrainConfig) -> Process:
 def join_processes(rank: int, world_size: int, device: torch.device) -> None:
     """Join the process group that torchrun has started. Raises OSError when it cannot be reached."""
     status("waiting for the other processes")
-    host = os.environ.get("MASTER_ADDR", "")
-    port = read_environment("MASTER_PORT", 0)
     # The store in which the processes meet is in torchrun, or else in rank 0.
     serves = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    host = "localhost" if serves else os.environ.get("MASTER_ADDR", "")
+    port = read_environment("MASTER_PORT", 1, 2**16 - 1)
     deadline = time.monotonic() + 300
     try:
-        if not 0 < port < 2**16:
-            raise ValueError("there is no such port")
-        socket.getaddrinfo(host, port)  # fails at once if the name does not exist
         # Wait for the store to listen, since PyTorch would log a stack trace for every attempt.
         while not serves:
             try:
@@ -203,21 +188,20 @@ def join_processes(rank: int, world_size: int, device: torch.device) -> None:
                 if time.monotonic() > deadline:
                     raise
                 time.sleep(1)
-        address = "localhost" if serves else host
         # In a thread, so that Ctrl-C ends the wait.
-        waiting = prep.begin(dist.TCPStore, address, port, world_size, serves, timedelta(minutes=5))
-        store = waiting.result(600)
+        store = prep.begin(dist.TCPStore, host, port, world_size, serves).result(600)
         # Each restart has its own prefix in the store, or workers would find the addresses of dead
         # ones. On a single machine only, since several may count restarts differently.
         if world_size == read_environment("LOCAL_WORLD_SIZE", 0):
             store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        limit = timedelta(minutes=30)  # for rank 0 to write gpt2-xl's checkpoint of 19 GB
         device_id = device if device.type == "cuda" else None
+        backend = "nccl" if device_id else "gloo"
+        limit = timedelta(minutes=30)  # for rank 0 to write gpt2-xl's checkpoint of 19 GB
         dist.init_process_group(backend, None, limit, world_size, rank, store, device_id=device_id)
     except (RuntimeError, ValueError, OSError) as error:
         problem = str(error).split("\n")[0]
-        raise OSError(f"cannot join the other processes: {problem}; MASTER_ADDR {host}, MASTER_PORT {port}") from error
+        where = f"{host}:{port} (MASTER_ADDR and MASTER_PORT)"
+        raise OSError(f"cannot join the other processes at {where}: {problem}") from error
 
 
 def all_reduce(value: Tensor) -> Tensor:
@@ -244,8 +228,7 @@ def catch_signals(stops: list[int]) -> None:
 
     def catch(signum: int, frame: object) -> None:
         if not stops and prep.is_main_process():
-            # Not print(), which the signal may have interrupted.
-            os.write(2, b"\nstopping after a last checkpoint\n")
+            os.write(2, b"\nstopping after a last checkpoint\n")  # it may have interrupted print()
         stops.append(signum)
         # A second Ctrl-C ends the process, but not under torchrun, which itself repeats signals.
         if not dist.is_initialized():
@@ -267,13 +250,11 @@ def epoch_order(sequences: int, seed: int, epoch: int) -> np.ndarray:
 def batch_indices(split: Split, config: TrainConfig, step: int) -> np.ndarray:
     """The indices of update `step`'s sequences: (total_batch_tokens / T,) int64, whatever the number of devices."""
     batch_size = config.total_batch_tokens // config.sequence_length
-    positions = np.arange(batch_size) + (step - 1) * batch_size  # in the sequences of all epochs
-    epochs, places = np.divmod(positions, split.sequences)
-    parts = []
-    for epoch in np.unique(epochs):
-        order = epoch_order(split.sequences, config.seed, epoch)
-        parts.append(order[places[epochs == epoch]])
-    return np.concatenate(parts)
+    indices = []
+    for position in range((step - 1) * batch_size, step * batch_size):  # counted over all epochs
+        epoch, place = divmod(position, split.sequences)
+        indices.append(epoch_order(split.sequences, config.seed, epoch)[place])
+    return np.array(indices)
 
 
 def identify_shards(data: Path, splits: list[Split | None], saved: dict) -> dict:
@@ -285,17 +266,16 @@ def identify_shards(data: Path, splits: list[Split | None], saved: dict) -> dict
     for split in filter(None, splits):
         for path, tokens in zip(split.paths, split.tokens, strict=True):
             count = f"{tokens} tokens"
-            now = checksums.get(path.name, count)
-            shards[path.name] = now
-            then = saved.get(path.name, now)
+            shards[path.name] = checksums.get(path.name, count)
+            then = saved.get(path.name, count)
             # A shard is identified in the other way if SHA256SUMS has been added or removed since.
-            if then not in (now, count) and then != prep.sha256_of(path):
+            if then not in (shards[path.name], count) and then != prep.sha256_of(path):
                 changed.add(path.name)
     if saved:
         # Validation shards may come and go: a resumed run may begin to evaluate, or stop.
         changed |= {name for name in shards.keys() ^ saved.keys() if prep.is_of_split(name, "train")}
     if changed:
-        raise ValueError(f"{data / min(changed)} is not what the run was trained on; restore the original data")
+        raise ValueError(f"{data / min(changed)} is not what the run was trained on; restore the data")
     return shards
 
 
@@ -312,7 +292,6 @@ def save_checkpoint(out: Path, model: GPT, trainer: dict, tokenizer: str, files:
     try:
         for left in out.glob(f"step_{'[0-9]' * 6}.tmp"):  # left by a crash
             shutil.rmtree(left)
-        part.mkdir(parents=True)
         gpt.save_model(model, part, tokenizer)
         for name, content in files.items():
             (part / name).write_bytes(content)
@@ -321,7 +300,7 @@ def save_checkpoint(out: Path, model: GPT, trainer: dict, tokenizer: str, files:
         # The log is never behind a checkpoint.
         for path in (*out.glob("metrics.jsonl"), *part.iterdir(), part):
             prep.synchronize(path)
-    except (OSError, RuntimeError, SafetensorError) as error:
+    except (OSError, RuntimeError, gpt.SafetensorError) as error:
         shutil.rmtree(part, ignore_errors=True)
         raise OSError(f"{final} could not be written: {error}; fix that, then --resume") from error
     if final in prep.checkpoints(out):  # a damaged one that was skipped
@@ -337,8 +316,8 @@ def find_best(out: Path) -> Path | None:
     """The checkpoint with the lowest validation loss in the log, if any."""
     losses = {}
     for entry in read_log(out):
-        if isinstance(entry.get("val_loss"), float) and "step" in entry:
-            losses[out / f"step_{entry['step']:06d}"] = entry["val_loss"]
+        if isinstance(entry.get("val_loss"), float):
+            losses[out / f"step_{entry.get('step', 0):06d}"] = entry["val_loss"]
     evaluated = [path for path in prep.checkpoints(out) if path in losses]
     return min(evaluated, key=losses.get, default=None)
 
@@ -368,11 +347,9 @@ def load_trainer(checkpoint: Path, given: dict) -> dict:
         trainer["shards"] = dict(trainer["shards"])
     for name in saved.keys() - known:
         say(f"warning: {path} has an unknown setting, {name}, which is ignored", sys.stderr)
-    changes = []
-    for name in sorted(given.keys() - MAY_CHANGE):
-        then = getattr(config, name)
-        if given[name] != then:
-            changes.append(f"--{name.replace('_', '-')} was {then} and is now {given[name]}")
+    then = vars(config)
+    changed = [name for name in sorted(given.keys() - MAY_CHANGE) if given[name] != then[name]]
+    changes = [f"--{name.replace('_', '-')} was {then[name]} and is now {given[name]}" for name in changed]
     if changes and not trainer["config"].eval_only:
         raise ValueError(f"cannot resume {checkpoint}: {'; '.join(changes)}; use --init-from and another --out")
     return trainer
@@ -390,16 +367,14 @@ def read_log(out: Path) -> list[dict]:
     return entries
 
 
-def open_log(out: Path, config: TrainConfig, step: int) -> Callable[[dict], None]:
+def open_log(out: Path, config: TrainConfig, step: int, evaluates: bool) -> Callable[[dict], None]:
     """Return a function that appends an entry to metrics.jsonl, which it recreates if it has been deleted. First drop
-    the entries after `step`, and the evaluation at `step` if it will be repeated."""
+    the entries after `step` and, if the run `evaluates` it again, the evaluation of `step`."""
     path = out / "metrics.jsonl"
     kept = []
-    # The evaluation of a step follows its update.
-    last = (step, not due(step, config.eval_every, config.steps))
     for entry in read_log(out):
-        place = (entry.get("step", 0), "train_loss" not in entry)  # the settings have no step
-        if place <= last:
+        # The settings have no step, and the evaluation of a step follows its update.
+        if (entry.get("step", 0), "train_loss" not in entry) <= (step, not evaluates):
             kept.append(entry)
     kept = kept or [{"config": vars(config)}]
     prep.write_atomically(path, [json.dumps(entry).encode() + b"\n" for entry in kept])
@@ -413,7 +388,7 @@ def open_log(out: Path, config: TrainConfig, step: int) -> Callable[[dict], None
         if torch.cuda.is_initialized():
             entry = entry | {"memory_gb": torch.cuda.max_memory_allocated() / 1e9}
         out.mkdir(exist_ok=True)
-        with prep.writing(path), open(path, "a", encoding="utf-8") as log:
+        with prep.writing(path), open(path, "a") as log:
             log.write(json.dumps(entry) + "\n")
         if board:
             for name, value in entry.items():
@@ -436,8 +411,7 @@ class EvalSet(NamedTuple):
 
 
 def read_tasks(name: str, path: Path, tokenizer: tiktoken.Encoding, most: int) -> EvalSet:
-    """The first `most` tasks of a set in its published form. An ending is tokenized with a leading space. Raises
-    ValueError, naming the line, for a malformed task."""
+    """The first `most` tasks of a set as it is published. Raises ValueError, naming the line, for a malformed one."""
     if (path.parent / "SHA256SUMS").exists():
         prep.check_checksums(path.parent, [path.name])
     rows = []
@@ -446,8 +420,7 @@ def read_tasks(name: str, path: Path, tokenizer: tiktoken.Encoding, most: int) -
         with prep.reading(f"{path}, line {number},"):
             task = prep.read_object(line, "its JSON")
             if name == "lambada":  # the last word is the only ending
-                context, word = task["text"].rsplit(" ", 1)
-                endings = [word]
+                context, *endings = task["text"].rsplit(" ", 1)
             else:
                 context = task["ctx"]
                 endings = task["endings"]
@@ -455,11 +428,10 @@ def read_tasks(name: str, path: Path, tokenizer: tiktoken.Encoding, most: int) -
                 if len(endings) != 4 or not 0 <= label < 4:
                     raise ValueError("it needs four endings and the number of the right one")
                 endings.append(endings.pop(label))  # the right one comes last
-            # prep.tokenize can encode any white space, and begins with <|endoftext|>, which is not
-            # part of a task.
+            # The first token is <|endoftext|>, which is not part of a task.
             context_tokens = prep.tokenize([context], tokenizer)[1:].tolist()
-            if not context_tokens:
-                raise ValueError("its context is empty")
+            if not (context_tokens and endings):
+                raise ValueError("its context is empty, or it has no ending")
             for ending in endings:
                 ending_tokens = prep.tokenize([" " + ending], tokenizer)[1:].tolist()
                 rows.append(torch.tensor(context_tokens + ending_tokens))
@@ -471,10 +443,10 @@ def read_tasks(name: str, path: Path, tokenizer: tiktoken.Encoding, most: int) -
 
 def open_evaluation(config: TrainConfig, split: Split, tokenizer: tiktoken.Encoding, block_size: int) -> list[EvalSet]:
     """What an evaluation scores: the first eval_tokens of the validation split, and the sets beside its directory."""
-    T = config.sequence_length
+    T = split.sequence_length
     count = min(max(1, config.eval_tokens // T), split.sequences)
     rows = prep.read_sequences(split, np.arange(count))
-    text_bytes = int(prep.token_bytes(tokenizer)[rows[:, 1:]].sum(dtype=np.int64))
+    text_bytes = int(prep.token_bytes(tokenizer)[rows[:, 1:]].sum())
     sets = [EvalSet("val", torch.from_numpy(rows), [T] * count, text_bytes)]
     for name in prep.EVALUATION_SETS:
         path = Path(config.data).parent / name / prep.FILES[name].name
@@ -488,8 +460,7 @@ def open_evaluation(config: TrainConfig, split: Split, tokenizer: tiktoken.Encod
 
 
 def score_rows(model: GPT, data: EvalSet, process: Process) -> Tensor | None:
-    """`GPT.score` of all rows, (2, rows) float64, on all ranks; None once any rank has caught a signal. Rows longer
-    than the context lose their beginning. The model must not be compiled, since lengths vary."""
+    """`GPT.score` of all rows, (2, rows) float64, on all ranks; None once any rank has caught a signal."""
     device = process.device
     longest = model.config.block_size + 1
     rows = [row[-longest:] for row in data.rows]
@@ -507,23 +478,21 @@ def score_rows(model: GPT, data: EvalSet, process: Process) -> Tensor | None:
         share = order[start : start + size]
         if share:
             tokens, targets = gpt.pad([rows[i] for i in share], [data.counts[i] for i in share])
-            with gpt.evaluation_mode(model), process.autocast:
+            with gpt.evaluation_mode(model), process.autocast:  # not compiled, since lengths vary
                 scores[:, share] = model.score(tokens.to(device), targets.to(device))
         done += process.world_size * size
     return all_reduce(scores)
 
 
 def measure(data: EvalSet, nats: Tensor, hits: Tensor) -> dict[str, Tensor]:
-    """The metrics of a set, as a value of each sequence or task where there is one, from each row's summed loss and how
-    many of its targets were the most likely token. "val_loss" is in nats per token. "lambada_acc" is how often every
-    token of the last word is the most likely; its perplexity is per word. "hellaswag_acc" is how often the right ending
-    has the lowest summed loss, "hellaswag_acc_norm" the lowest loss per token."""
+    """A set's metrics, a value for each sequence or task where there is one, from each row's summed loss and how many
+    of its targets were the most likely token. LAMBADA counts the words of which all were, with a perplexity per word;
+    HellaSwag counts the right endings with the lowest summed loss or, as "norm", the lowest loss per token."""
     counts = torch.tensor(data.counts)
     losses = nats / counts
     if data.name == "val":
-        bits = nats.sum() / math.log(2)
-        perplexity = losses.mean().exp()
-        return {"val_loss": losses, "val_perplexity": perplexity, "val_bits_per_byte": bits / data.text_bytes}
+        bits_per_byte = nats.sum() / math.log(2) / data.text_bytes
+        return {"val_loss": losses, "val_perplexity": losses.mean().exp(), "val_bits_per_byte": bits_per_byte}
     if data.name == "lambada":
         return {"lambada_acc": hits == counts, "lambada_perplexity": nats.mean().exp()}
     lowest = nats.view(-1, 4).argmin(dim=1)
@@ -531,20 +500,19 @@ def measure(data: EvalSet, nats: Tensor, hits: Tensor) -> dict[str, Tensor]:
     return {"hellaswag_acc": lowest == 3, "hellaswag_acc_norm": lowest_norm == 3}
 
 
-def evaluate(model: GPT, sets: list[EvalSet], process: Process) -> dict | None:
-    """Print and return the metrics of all sets, the same on all ranks, of which each scores its share; `..._se` is a
-    standard error over sequences or tasks. Returns None, within a batch, once any rank has caught a signal."""
+def evaluate(model: GPT, sets: list[EvalSet], process: Process) -> dict:
+    """Print and return the metrics of all sets, the same on all ranks; {} once any rank has caught a signal."""
     metrics = {}
     for data in sets:
         scores = score_rows(model, data, process)
         if scores is None:
-            return None
+            return {}
         for name, values in measure(data, *scores).items():
             values = values.double()
             metrics[name] = values.mean()
             line = f"  {name:20} {metrics[name]:10.4f}"
             if values.dim() > 0:
-                # var(correction=1) would warn of a single value, whose error is NaN.
+                # The standard error; var(correction=1) would warn of a single value.
                 error = (values.var(correction=0) / (len(values) - 1)).sqrt()
                 metrics[f"{name}_se"] = error
                 line += f" ± {error:.4f}"
@@ -555,15 +523,18 @@ def evaluate(model: GPT, sets: list[EvalSet], process: Process) -> dict | None:
 # The run
 
 
-def build_model(config: TrainConfig, source: Path | None, tokenizer: tiktoken.Encoding) -> GPT:
-    """The model in the directory `source`, else a new one. Raises ValueError when it does not fit the data."""
+def build_model(config: TrainConfig, source: Path | None) -> tuple[GPT, tiktoken.Encoding]:
+    """The model in `source`, else a new one, and the data's tokenizer. Raises ValueError when they do not fit."""
+    status(f"reading {source or config.data}")
     T = config.sequence_length
+    tokenizer = prep.get_tokenizer(prep.read_tokenizer_name(Path(config.data)))
     used = tokenizer.n_vocab
     if source is None:
         size = MODEL_SIZES[config.model]
-        names = ("n_layer", "n_head", "n_embd")
-        given = {name: getattr(config, name) for name in names if getattr(config, name)}
-        return GPT(replace(size, block_size=T, vocab_size=used, dropout=config.dropout, **given))
+        n_layer = config.n_layer or size.n_layer
+        n_head = config.n_head or size.n_head
+        n_embd = config.n_embd or size.n_embd
+        return GPT(gpt.GPTConfig(T, used, n_layer, n_head, n_embd, config.dropout)), tokenizer
     shape, tokenizer_name = gpt.read_config(source)
     if tokenizer_name != tokenizer.name:
         raise ValueError(f"{source} needs data prepared with --tokenizer {tokenizer_name}; {config.data} is not")
@@ -571,7 +542,7 @@ def build_model(config: TrainConfig, source: Path | None, tokenizer: tiktoken.En
         raise ValueError(f"--sequence-length {T} exceeds {source}'s context of {shape.block_size}")
     if shape.vocab_size > used:
         say(f"{source} has {shape.vocab_size} tokens, of which the first {used} are used")
-    return gpt.load_model(source, config.dropout, used)
+    return gpt.load_model(source, config.dropout, used), tokenizer
 
 
 def pass_over_zeros(runner: Any, size: int, T: int, process: Process, sync: bool) -> None:
@@ -591,8 +562,7 @@ def pass_over_zeros(runner: Any, size: int, T: int, process: Process, sync: bool
 
 
 def find_micro_batch_size(config: TrainConfig, model: GPT, runner: Any, process: Process) -> int:
-    """The micro-batch size, in sequences: the largest of up to 2^17 tokens that fits on every rank's GPU; on a CPU, of
-    up to 4,096 tokens, since more is no faster."""
+    """The micro-batch size, in sequences: the largest of up to 2^17 tokens that fits on every rank's GPU."""
     T = config.sequence_length
     parameters = gpt.parameter_count(model)
 
@@ -612,11 +582,10 @@ def find_micro_batch_size(config: TrainConfig, model: GPT, runner: Any, process:
 
     share = config.total_batch_tokens // T // process.world_size  # this rank's, in sequences
     on_gpu = process.device.type == "cuda"
-    most = 4096
+    most = 4096  # tokens; on a CPU, more is no faster
     if on_gpu:
-        # Each parameter needs a gradient, another to add to it, and two moments. Of each token, a
-        # compiled pass keeps the logits and about 16 n_embd numbers per layer (measured on an H100:
-        # 54 GB in all for 2^17 tokens of gpt2).
+        # A parameter needs a gradient, another to add to it, and two moments. A compiled pass keeps
+        # a token's logits and about 16 n_embd numbers per layer (measured on an H100).
         free = torch.cuda.mem_get_info()[0] - 16 * parameters
         shape = model.config
         kept = process.dtype.itemsize * (shape.vocab_size + 16 * shape.n_embd * shape.n_layer)
@@ -633,11 +602,8 @@ def evaluate_only(config: TrainConfig, given: dict) -> None:
     if (source / "trainer.pt").exists():
         prep.check_checksums(source, ["trainer.pt"])
         config = load_trainer(source, given)["config"]
-    status(f"reading {source}")
-    data = Path(config.data)
-    split = prep.open_split(data, "val", config.sequence_length)
-    tokenizer = prep.get_tokenizer(prep.read_tokenizer_name(data))
-    model = build_model(config, source, tokenizer)
+    split = prep.open_split(Path(config.data), "val", config.sequence_length)
+    model, tokenizer = build_model(config, source)
     process = start_process(config)
     model.to(process.device)
     sets = open_evaluation(config, split, tokenizer, model.config.block_size)
@@ -670,9 +636,7 @@ def train(config: TrainConfig, given: dict) -> int:
     data = Path(config.data)
     T = config.sequence_length
     batch_tokens = config.total_batch_tokens
-    status(f"reading {source or data}")
     split = prep.open_split(data, "train", T)
-    tokenizer = prep.get_tokenizer(prep.read_tokenizer_name(data))
     usable = T * split.sequences
     if batch_tokens > usable:
         raise ValueError(f"{data} has only {usable:,} usable tokens; lower --total-batch-tokens, or use --preset book")
@@ -681,7 +645,7 @@ def train(config: TrainConfig, given: dict) -> int:
 
     # The model, the processes, and the device of each
     torch.manual_seed(config.seed)
-    model = build_model(config, source, tokenizer)
+    model, tokenizer = build_model(config, source)
     process = start_process(config)
     rank, world_size, device, dtype, autocast, stops = process
     if any(seen != (step, shards) for seen in gather((step, shards))):
@@ -690,15 +654,14 @@ def train(config: TrainConfig, given: dict) -> int:
     compiled = config.compile
     if compiled is None:
         compiled = device.type == "cuda" and has_triton()
-    # The model as the loop calls it: compiled, and averaging gradients over the ranks. With dynamic
-    # shapes, a second micro-batch size would be compiled for every size, and run slower.
+    # With dynamic shapes, a second micro-batch size would be compiled for all, and run slower.
     runner = torch.compile(model, dynamic=False) if compiled else model
     if world_size > 1:
-        runner = DistributedDataParallel(runner, gradient_as_bucket_view=True)
+        runner = torch.nn.parallel.DistributedDataParallel(runner, gradient_as_bucket_view=True)
     size = config.micro_batch_size or find_micro_batch_size(config, model, runner, process)
     if runner is not model:
-        # This compiles before the first update is timed, and DistributedDataParallel settles the order
-        # in which it sums gradients, so that a resumed run sums them in the same order.
+        # Compile before the first update is timed, and settle the order in which the ranks' gradients
+        # are summed, the same in a new run as in a resumed one.
         pass_over_zeros(runner, size, T, process, sync=True)
 
     # The optimizer
@@ -711,35 +674,30 @@ def train(config: TrainConfig, given: dict) -> int:
             if trainer["scaler"]:
                 scaler.load_state_dict(trainer["scaler"])
 
-    # The log
-    record = open_log(out, config, step) if rank == 0 else lambda entry: None
-    epochs = config.steps * batch_tokens / sum(split.tokens)
+    # What the loop does, now and then or in the background
     passes = batch_tokens // (size * T * world_size)
-    say(f"{'resumed' if checkpoint else 'started'} from {source or 'scratch'}")
-    say(f"{gpt.parameter_count(model):,} parameters, {device.type}, {dtype}{', compiled' if compiled else ''}")
-    say(f"{config.steps:,} updates of {batch_tokens:,} tokens, or {epochs:,.2f} epochs of {data}")
-    say(f"an update: {passes} micro-batches x {world_size} ranks x {size} sequences x {T} tokens")
-
-    # What the loop does now and then
     sets = open_evaluation(config, val_split, tokenizer, model.config.block_size) if val_split else []
-    peak_flops = None
-    if device.type == "cuda" and dtype != torch.float32:
-        peak_flops = gpt.PEAK_FLOPS.get(torch.cuda.get_device_name())
+    card = torch.cuda.get_device_name() if device.type == "cuda" else ""
+    peak_flops = gpt.PEAK_FLOPS.get(card) if dtype != torch.float32 else None
     flops_per_token = gpt.flops_per_token(replace(model.config, block_size=T))
     tokenizer_files = prep.tokenizer_files(tokenizer.name, model.config.block_size)
 
+    def due(every: int) -> bool:
+        """Whether to act at this step: at each multiple of `every` and at the last; never if `every` is 0."""
+        return every > 0 and (step % every == 0 or step == config.steps)
+
+    record = open_log(out, config, step, due(config.eval_every)) if rank == 0 else lambda entry: None
+
     def load(step: int) -> Tensor:
         """This rank's part of a batch: (micro-batches, micro-batch size, T + 1) int64 on the CPU."""
-        indices = batch_indices(split, config, step)
-        indices = indices.reshape(passes, world_size, size)[:, rank]
-        sequences = prep.read_sequences(split, indices.ravel())
+        indices = batch_indices(split, config, step).reshape(passes, world_size, size)
+        sequences = prep.read_sequences(split, indices[:, rank].ravel())
         return torch.from_numpy(sequences).view(passes, size, T + 1)
 
-    def log_update(step: int, loss: float, lr: float, norm: float, dt: float) -> None:
+    def log_update(loss: float, lr: float, norm: float, dt: float) -> None:
         rate = batch_tokens / dt
         entry = {"step": step, "seconds": seconds, "train_loss": loss, "lr": lr}
-        entry["grad_norm"] = norm if math.isfinite(norm) else None
-        entry["tokens_per_second"] = rate
+        entry |= {"grad_norm": norm if math.isfinite(norm) else None, "tokens_per_second": rate}
         line = f"step {step}  loss {loss:.4f}  lr {lr:.1e}  norm {norm:.2f}  {rate:,.0f} tok/s"
         if peak_flops:
             entry["mfu"] = rate * flops_per_token / (peak_flops * world_size)
@@ -749,7 +707,6 @@ def train(config: TrainConfig, given: dict) -> int:
         say(f"{line}  {left} left")
 
     def print_sample() -> None:
-        """Print up to 100 tokens of unconditional text."""
         torch.manual_seed(config.seed)
         end = tokenizer.eot_token
         prompt = torch.tensor([[end]], device=device)
@@ -758,33 +715,37 @@ def train(config: TrainConfig, given: dict) -> int:
             tokens = torch.cat(list(steps)).tolist()
         say(f"sample:\n{tokenizer.decode(tokens)}")
 
-    def log_evaluation(step: int) -> bool:
+    def log_evaluation() -> bool:
         """Evaluate on all ranks, and log. Returns True, and logs nothing, if a signal on any rank ended it."""
         say(f"step {step}  evaluation")
         metrics = evaluate(model, sets, process)
-        if metrics is not None:
+        if metrics:
             record({"step": step, "seconds": seconds} | metrics)
-        return metrics is None
+        return not metrics
 
-    def save(step: int) -> int:
+    def save() -> int:
         """Write a checkpoint, with the help of all ranks, and return its step."""
         if zero:
             optimizer.consolidate_state_dict(to=0)
         if rank == 0:
             trainer = {"config": vars(config), "step": step, "seconds": seconds, "shards": shards}
-            trainer["optimizer"] = optimizer.state_dict()
-            trainer["scaler"] = scaler.state_dict()
+            trainer |= {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
             path = save_checkpoint(out, model, trainer, tokenizer.name, tokenizer_files)
             prune(out, path, config.keep_checkpoints)
             say(f"step {step}  checkpoint {path}")
         return step
 
     # The loop
+    epochs = config.steps * batch_tokens / sum(split.tokens)
+    say(f"{'resumed' if checkpoint else 'started'} from {source or 'scratch'}")
+    say(f"{gpt.parameter_count(model):,} parameters, {device.type}, {dtype}{', compiled' if compiled else ''}")
+    say(f"{config.steps:,} updates of {batch_tokens:,} tokens, or {epochs:,.2f} epochs of {data}")
+    say(f"an update: {passes} micro-batches x {world_size} ranks x {size} sequences x {T} tokens")
     remaining = range(step + 1, config.steps + 1)
     batches = prep.in_background(load, remaining, ahead=1)
     catch_signals(stops)
     saved = step
-    stop = due(step, config.eval_every, config.steps) and log_evaluation(step)
+    stop = due(config.eval_every) and log_evaluation()
     for step in remaining:
         if stop:
             break
@@ -798,13 +759,13 @@ def train(config: TrainConfig, given: dict) -> int:
         torch.manual_seed(seed.item())
         loss = torch.zeros((), device=device)
         for i, sequences in enumerate(batch):
-            status(f"step {step} of {config.steps}, {i / len(batch):.0%}")
-            if world_size > 1:  # exchange gradients after the last micro-batch only, as by no_sync()
-                runner.require_backward_grad_sync = i + 1 == len(batch)
+            status(f"step {step} of {config.steps}, {i / passes:.0%}")
+            if world_size > 1:  # exchange gradients after the last micro-batch only, as no_sync() does
+                runner.require_backward_grad_sync = i + 1 == passes
             tokens = sequences[:, :-1].contiguous()
             targets = sequences[:, 1:].contiguous()
             with autocast:
-                micro_loss = runner(tokens, targets) / len(batch)
+                micro_loss = runner(tokens, targets) / passes
             scaler.scale(micro_loss).backward()
             loss += micro_loss.detach()
         scaler.unscale_(optimizer)
@@ -817,7 +778,7 @@ def train(config: TrainConfig, given: dict) -> int:
         # A gradient that overflows float16 is left to the scaler, until its scale is down to 1.
         if not math.isfinite(mean_loss) or not (math.isfinite(mean_norm) or scaler.get_scale() > 1):
             problem = f"step {step}: loss {mean_loss}, gradient norm {mean_norm}"
-            raise FloatingPointError(f"{problem}; start again from step {saved} with a lower --max-lr")
+            raise FloatingPointError(f"{problem}; start again from step {saved}, with a lower --max-lr")
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
@@ -825,14 +786,14 @@ def train(config: TrainConfig, given: dict) -> int:
         dt = time.perf_counter() - began
         seconds += dt
         stop = stopping > 0
-        if due(step, config.log_every, config.steps):
-            log_update(step, mean_loss, lr, mean_norm, dt)
-        if due(step, config.sample_every, config.steps) and rank == 0:
+        if due(config.log_every):
+            log_update(mean_loss, lr, mean_norm, dt)
+        if due(config.sample_every) and rank == 0:
             print_sample()
-        if due(step, config.eval_every, config.steps):
-            stop = log_evaluation(step) or stop
-        if stop or step == config.steps or due(step, config.checkpoint_every, config.steps):
-            saved = save(step)
+        if due(config.eval_every):
+            stop = log_evaluation() or stop
+        if stop or step == config.steps or due(config.checkpoint_every):
+            saved = save()
 
     if stop:
         say(f"interrupted after step {saved}; to continue, run the same command with --resume")
@@ -850,10 +811,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--preset", default="gpt2", choices=PRESETS, help="settings to start from")
     given = vars(parser.parse_args(argv))
     config = replace(PRESETS[given.pop("preset")], **given)
-    name = Path(config.data).resolve().name
-    if config.eval_only and "data" not in given:
-        name = ""  # the newest of all runs, as in sample.py
-    given["out"] = config.out or str(Path("out") / name)
+    newest = config.eval_only and "data" not in given  # of all runs, as in sample.py
+    name = "" if newest else Path(config.data).resolve().name
+    given["out"] = config.out or f"out/{name}"
     config = replace(config, **given)
     try:
         if not (config.resume or config.eval_only):  # else the checkpoint has most of the settings
