@@ -32,6 +32,7 @@ try:
     import tiktoken
     import torch
     import torch.distributed as dist
+    from safetensors import SafetensorError
     from torch import Tensor
     from torch.utils._triton import has_triton
 
@@ -300,7 +301,7 @@ def save_checkpoint(out: Path, model: GPT, trainer: dict, tokenizer: str, files:
         # The log is never behind a checkpoint.
         for path in (*out.glob("metrics.jsonl"), *part.iterdir(), part):
             prep.synchronize(path)
-    except (OSError, RuntimeError, gpt.SafetensorError) as error:
+    except (OSError, RuntimeError, SafetensorError) as error:
         shutil.rmtree(part, ignore_errors=True)
         raise OSError(f"{final} could not be written: {error}; fix that, then --resume") from error
     if final in prep.checkpoints(out):  # a damaged one that was skipped
