@@ -228,7 +228,7 @@ def get(url: str, first: int = 0) -> requests.Response:
 
 
 @contextmanager
-def fetching(name: str, advice: str = "check --subset, HF_ENDPOINT, HF_TOKEN, or run it again") -> Iterator:
+def fetching(name: str, advice: str = "check --subset, HF_ENDPOINT, HF_TOKEN, or run the command again") -> Iterator:
     """Turn any failure of a request into an OSError that says what to do."""
     try:
         yield
