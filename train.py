@@ -45,8 +45,6 @@ except ImportError as error:
 except KeyboardInterrupt:
     sys.exit(130)
 
-# The configuration
-
 
 @dataclass(frozen=True)
 class TrainConfig:
@@ -139,8 +137,7 @@ def read_environment(name: str, default: int, most: int = 2**31 - 1) -> int:
     """A number that torchrun sets, from `default` to `most`. Raises ValueError if it is not one."""
     text = os.environ.get(name, str(default))
     if not text.isdecimal() or not default <= int(text) <= most:
-        problem = f"{name} is {text!r} in the environment, not from {default} to {most}"
-        raise ValueError(f"{problem}; unset it, or use torchrun, with at most one process per GPU")
+        raise ValueError(f"{name} is {text!r}, not {default} to {most}; unset it, or use torchrun, one rank per GPU")
     return int(text)
 
 
@@ -201,15 +198,13 @@ def join_processes(rank: int, world_size: int, device: torch.device) -> None:
         dist.init_process_group(backend, None, limit, world_size, rank, store, device_id=device_id)
     except (RuntimeError, ValueError, OSError) as error:
         problem = str(error).split("\n")[0]
-        where = f"{host}:{port} (MASTER_ADDR and MASTER_PORT)"
-        raise OSError(f"cannot join the other processes at {where}: {problem}") from error
+        raise OSError(f"cannot join the other processes at MASTER_ADDR {host}:{port}: {problem}") from error
 
 
 def all_reduce(value: Tensor) -> Tensor:
     """The sum over all ranks, as float64 on the CPU. Waits for the device."""
-    if not value.is_cuda:
-        value = value.cpu()  # gloo supports no other device, and MPS no float64
-    value = value.double()
+    # On MPS there is no float64, and gloo supports only the CPU.
+    value = value.double() if value.is_cuda else value.cpu().double()
     if dist.is_initialized():
         dist.all_reduce(value)
     return value.cpu()
@@ -566,10 +561,18 @@ def find_micro_batch_size(config: TrainConfig, model: GPT, runner: Any, process:
     """The micro-batch size, in sequences: the largest of up to 2^17 tokens that fits on every rank's GPU."""
     T = config.sequence_length
     parameters = gpt.parameter_count(model)
+    on_gpu = process.device.type == "cuda"
+    most = 4096  # tokens; on a CPU, more is no faster
+    if on_gpu:
+        # A parameter needs a gradient, another to add to it, and two moments. A compiled pass keeps
+        # a token's logits and about 16 n_embd numbers per layer (measured on an H100).
+        free, memory = torch.cuda.mem_get_info()
+        shape = model.config
+        kept = process.dtype.itemsize * (shape.vocab_size + 16 * shape.n_embd * shape.n_layer)
+        most = min(2**17, int(0.9 * (free - 16 * parameters) / kept))
 
     def fits(size: int) -> bool:
         """Whether a pass leaves room for the optimizer's two moments, accumulated gradients, and a tenth to spare."""
-        _, memory = torch.cuda.mem_get_info()
         try:
             reserved = torch.empty(12 * parameters + memory // 10, dtype=torch.uint8, device=process.device)
             pass_over_zeros(runner, size, T, process, sync=False)
@@ -582,15 +585,6 @@ def find_micro_batch_size(config: TrainConfig, model: GPT, runner: Any, process:
             torch.cuda.reset_peak_memory_stats()  # so that the log shows the peak of training
 
     share = config.total_batch_tokens // T // process.world_size  # this rank's, in sequences
-    on_gpu = process.device.type == "cuda"
-    most = 4096  # tokens; on a CPU, more is no faster
-    if on_gpu:
-        # A parameter needs a gradient, another to add to it, and two moments. A compiled pass keeps
-        # a token's logits and about 16 n_embd numbers per layer (measured on an H100).
-        free = torch.cuda.mem_get_info()[0] - 16 * parameters
-        shape = model.config
-        kept = process.dtype.itemsize * (shape.vocab_size + 16 * shape.n_embd * shape.n_layer)
-        most = min(2**17, int(0.9 * free / kept))
     size = min(share, max(1, most // T))
     while size > 1 and (share % size or (on_gpu and not fits(size))):
         size -= 1
@@ -652,17 +646,15 @@ def train(config: TrainConfig, given: dict) -> int:
     if any(seen != (step, shards) for seen in gather((step, shards))):
         raise FileNotFoundError(f"the ranks see different files in {out} or {data}; let all machines see the same")
     model.to(device).train()
-    compiled = config.compile
-    if compiled is None:
-        compiled = device.type == "cuda" and has_triton()
+    by_default = config.compile is None and device.type == "cuda" and has_triton()
+    compiled = config.compile or by_default
     # With dynamic shapes, a second micro-batch size would be compiled for all, and run slower.
     runner = torch.compile(model, dynamic=False) if compiled else model
     if world_size > 1:
         runner = torch.nn.parallel.DistributedDataParallel(runner, gradient_as_bucket_view=True)
     size = config.micro_batch_size or find_micro_batch_size(config, model, runner, process)
     if runner is not model:
-        # Compile before the first update is timed, and settle the order in which the ranks' gradients
-        # are summed, the same in a new run as in a resumed one.
+        # Compile now, untimed, and settle the order in which DDP sums: a resumed run has the same.
         pass_over_zeros(runner, size, T, process, sync=True)
 
     # The optimizer
