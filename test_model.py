@@ -1323,7 +1323,7 @@ def test_a_mistake_is_named_in_one_line(monkeypatch: Patch) -> None:
 def test_mistakes_in_torchruns_variables_are_named(monkeypatch: Patch) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         place = f"RANK=0 WORLD_SIZE=1 MASTER_ADDR=127.0.0.1 MASTER_PORT={taken.getsockname()[1]}"
-        mistakes = {"WORLD_SIZE=two": 2, "WORLD_SIZE=0": 2, "MASTER_PORT=x": 1, "RANK=x": 1, "RANK=1": 1}
+        mistakes = {"WORLD_SIZE=two": 2, "WORLD_SIZE=0": 2, "MASTER_PORT=0": 1, "RANK=x": 1, "RANK=1": 1}
         for mistake, status in mistakes.items():
             set_environment(monkeypatch, f"{place} {mistake}")
             refused(TRAIN, mistake.split("=")[0], status)

@@ -117,7 +117,7 @@ def check_config(config: TrainConfig) -> None:
         raise ValueError(f"--min-lr {config.min_lr} must not exceed --max-lr {config.max_lr}")
     if config.warmup_steps >= config.steps:
         raise ValueError(f"--warmup-steps {config.warmup_steps} must be below --steps {config.steps}")
-    pass_tokens = config.sequence_length * max(1, config.micro_batch_size) * read_environment("WORLD_SIZE", 1)
+    pass_tokens = config.sequence_length * max(1, config.micro_batch_size) * read_environment("WORLD_SIZE", 1, 1)
     if config.total_batch_tokens % pass_tokens:
         raise ValueError(f"--total-batch-tokens must be a multiple of {pass_tokens}, a micro-batch per device")
 
@@ -133,11 +133,11 @@ def learning_rate(step: int, config: TrainConfig) -> float:
 # Processes
 
 
-def read_environment(name: str, default: int, most: int = 2**31 - 1) -> int:
-    """A number that torchrun sets, from `default` to `most`. Raises ValueError if it is not one."""
+def read_environment(name: str, default: int, least: int = 0, most: int = 2**31 - 1) -> int:
+    """A number that torchrun sets, from `least` to `most`. Raises ValueError if it is not one."""
     text = os.environ.get(name, str(default))
-    if not text.isdecimal() or not default <= int(text) <= most:
-        raise ValueError(f"{name} is {text!r}, not {default} to {most}; unset it, or use torchrun, one rank per GPU")
+    if not text.isdecimal() or not least <= int(text) <= most:
+        raise ValueError(f"{name} is {text!r}, not {least} to {most}; unset it, or use torchrun, one rank per GPU")
     return int(text)
 
 
@@ -154,11 +154,11 @@ class Process(NamedTuple):
 
 def start_process(config: TrainConfig) -> Process:
     """Choose the device and, under torchrun, join the other processes. Raises ValueError, OSError."""
-    world_size = read_environment("WORLD_SIZE", 1)
-    rank = read_environment("RANK", 0, world_size - 1)
+    world_size = read_environment("WORLD_SIZE", 1, 1)
+    rank = read_environment("RANK", 0, 0, world_size - 1)
     device = gpt.choose_device(config.device)
     if device.type == "cuda":
-        local_rank = read_environment("LOCAL_RANK", 0, torch.cuda.device_count() - 1)
+        local_rank = read_environment("LOCAL_RANK", 0, 0, torch.cuda.device_count() - 1)
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
     if "WORLD_SIZE" in os.environ:  # set by torchrun, even for a single process
@@ -174,7 +174,7 @@ def join_processes(rank: int, world_size: int, device: torch.device) -> None:
     # The store in which the processes meet is in torchrun, or else in rank 0.
     serves = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     host = "localhost" if serves else os.environ.get("MASTER_ADDR", "")
-    port = read_environment("MASTER_PORT", 1, 2**16 - 1)
+    port = read_environment("MASTER_PORT", 0, 1, 2**16 - 1)
     deadline = time.monotonic() + 300
     try:
         # Wait for the store to listen, since PyTorch would log a stack trace for every attempt.
