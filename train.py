@@ -566,15 +566,16 @@ def find_micro_batch_size(config: TrainConfig, model: GPT, runner: Any, process:
     if on_gpu:
         # A parameter needs a gradient, another to add to it, and two moments. A compiled pass keeps
         # a token's logits and about 16 n_embd numbers per layer (measured on an H100).
-        free, memory = torch.cuda.mem_get_info()
+        free = torch.cuda.mem_get_info()[0] - 16 * parameters
         shape = model.config
         kept = process.dtype.itemsize * (shape.vocab_size + 16 * shape.n_embd * shape.n_layer)
-        most = min(2**17, int(0.9 * (free - 16 * parameters) / kept))
+        most = min(2**17, int(0.9 * free / kept))
 
     def fits(size: int) -> bool:
         """Whether a pass leaves room for the optimizer's two moments, accumulated gradients, and a tenth to spare."""
+        torch.cuda.set_per_process_memory_fraction(0.9)
         try:
-            reserved = torch.empty(12 * parameters + memory // 10, dtype=torch.uint8, device=process.device)
+            reserved = torch.empty(3 * parameters, device=process.device)
             pass_over_zeros(runner, size, T, process, sync=False)
             del reserved
             return True
@@ -582,6 +583,7 @@ def find_micro_batch_size(config: TrainConfig, model: GPT, runner: Any, process:
             return False
         finally:
             torch.cuda.empty_cache()
+            torch.cuda.set_per_process_memory_fraction(1.0)
             torch.cuda.reset_peak_memory_stats()  # so that the log shows the peak of training
 
     share = config.total_batch_tokens // T // process.world_size  # this rank's, in sequences
