@@ -39,6 +39,7 @@ try:
     import tiktoken
     from requests.adapters import Retry
     from tiktoken.load import read_file_cached
+    from urllib3.exceptions import HTTPError
 except ImportError as error:
     advice = "on Windows, use WSL" if error.name == "fcntl" else "pip install -r requirements.txt"
     sys.exit(f"{Path(sys.argv[0]).name}: error: {error}; {advice}")
@@ -62,7 +63,7 @@ def get_tokenizer(name: str, thread: int = 0) -> tiktoken.Encoding:
     pattern = r"(?s:.{1,512})"
     ranks = {bytes([byte]): byte for byte in range(256)}
     if name == "gpt2":
-        with fetching("GPT-2's tokenizer", "connect to the Internet, or set TIKTOKEN_CACHE_DIR to a cache that has it"):
+        with fetching("GPT-2's tokenizer", "go online, or set TIKTOKEN_CACHE_DIR to a cache with it"):
             # In a thread, since tiktoken has no timeout of its own.
             ranks = begin(tiktoken.get_encoding, name).result(timeout=120)._mergeable_ranks
         pattern = GPT2_PATTERN
@@ -216,8 +217,8 @@ def get(url: str, first: int = 0) -> requests.Response:
         headers["Authorization"] = f"Bearer {token}"
     session = requests.Session()
     session.auth = lambda request: request  # or .netrc's password would replace the token
-    waits = {"backoff_factor": 1, "backoff_max": 60, "retry_after_max": 60, "raise_on_status": False}
-    retries = Retry(8, connect=2, read=2, status_forcelist=[408, 429, *range(500, 600)], **waits)
+    wait = {"backoff_factor": 1, "backoff_max": 60, "retry_after_max": 60, "raise_on_status": False}
+    retries = Retry(8, connect=2, read=2, status_forcelist=[408, 429, *range(500, 600)], **wait)
     for adapter in session.adapters.values():
         adapter.max_retries = retries
     response = session.get(url, headers=headers, stream=True, timeout=(10, 30))
@@ -227,11 +228,11 @@ def get(url: str, first: int = 0) -> requests.Response:
 
 
 @contextmanager
-def fetching(name: str, advice: str = "check --subset, HF_ENDPOINT, HF_TOKEN, or run it again") -> Iterator:
+def fetching(name: str, advice: str = "check --subset, HF_ENDPOINT, HF_TOKEN, or run the command again") -> Iterator:
     """Turn any failure of a request into an OSError that says what to do."""
     try:
         yield
-    except (requests.RequestException, TimeoutError, ValueError) as error:
+    except (requests.RequestException, HTTPError, TimeoutError, ValueError) as error:
         problem = error if isinstance(error, requests.HTTPError) else type(error).__name__
         raise OSError(f"{name} could not be fetched: {problem}; {advice}") from error
 
@@ -247,7 +248,7 @@ def list_hub(repository: str, folder: str = "") -> list:
         status(f"fetching {name}")
         page = b""
         with fetching(name), get(url) as response:
-            for piece in iter(lambda: response.raw.read1(1 << 16), b""):
+            for piece in iter(lambda: response.raw.read1(1 << 16), b""):  # whatever has arrived
                 page += piece
                 if time.monotonic() > deadline:
                     raise TimeoutError
@@ -268,7 +269,6 @@ def download(file: RawFile, path: Path) -> Path:
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
-    broken = (requests.ConnectionError, requests.exceptions.ChunkedEncodingError)
     with fetching(file.name), writing(part), open(part, "ab") as out:
         furthest = out.tell()
         failures = 0  # one after another, without progress
@@ -276,11 +276,11 @@ def download(file: RawFile, path: Path) -> Path:
             if failures:
                 say(f"fetching {file.name}: the connection broke; trying again", sys.stderr)
                 time.sleep(min(60.0, 2.0**failures - 1))
-            with suppress(*broken), get(file.url, out.tell()) as response:
+            with suppress(requests.ConnectionError, HTTPError), get(file.url, out.tell()) as response:
                 if response.status_code != 206:  # the server ignores ranges
                     out.truncate(0)
                     out.seek(0)
-                for piece in response.iter_content(1 << 15):
+                for piece in iter(lambda: response.raw.read1(1 << 20), b""):
                     out.write(piece)
                     status(f"fetching {file.name}: {out.tell() >> 20:,} of {file.size >> 20:,} MiB")
                     if out.tell() > file.size:
@@ -347,7 +347,7 @@ def read_tokenizer_name(directory: Path) -> str:
         name = json.loads(path.read_bytes())["tokenizer"]
         if name not in VOCAB_SIZES:
             raise ValueError(f"its tokenizer, {name}, is unknown")
-        return name
+    return name
 
 
 def is_of_split(file: str, split: str) -> bool:
@@ -365,7 +365,7 @@ def open_split(directory: Path, name: str, sequence_length: int) -> Split:
     first = [0]
     for path in paths:
         if path.name not in listed or not path.is_file():
-            raise ValueError(f"{path} is missing, or not in SHA256SUMS; restore it, or prepare it again")
+            raise ValueError(f"{path} is missing, or not in SHA256SUMS; restore it, or start over")
         size = path.stat().st_size
         header = np.fromfile(path, dtype="<i4", count=3).tolist()
         if header != [*SHARD_MAGIC, (size - HEADER_BYTES) / 2] or size <= HEADER_BYTES:
@@ -440,9 +440,7 @@ def write_demo(directory: Path) -> RawFile:
 def list_corpus(settings: dict) -> list:
     """The Parquet files of a sample or a dump of FineWeb, as many as max_tokens needs. Raises OSError."""
     subset = settings["subset"]
-    folder = f"/data/{subset}"
-    if subset.startswith("sample-"):
-        folder = subset.replace("sample-", "/sample/")
+    folder = subset.replace("sample-", "/sample/") if subset.startswith("sample-") else f"/data/{subset}"
     needed = []
     tokens = 0
     for file in list_hub(f"datasets/{HUB_DATASETS[settings['source']]}", folder):
@@ -605,12 +603,11 @@ def checkpoints(run: Path) -> list[Path]:
         if not re.fullmatch("step_([0-9]{6}|[1-9][0-9]{6,})", directory.name):
             continue
         path = directory / "trainer.pt"
-        # Without a readable trainer.pt, a checkpoint is known by its SHA256SUMS.
-        is_checkpoint = path.name in read_checksums(directory)
-        if path.is_file():
-            with suppress(Exception):  # it is damaged
-                trainer = dict(torch.load(path, map_location="cpu", weights_only=True, mmap=True))
-                is_checkpoint = trainer.get("step") == int(directory.name[5:])
+        try:
+            trainer = dict(torch.load(path, map_location="cpu", weights_only=True, mmap=True))
+            is_checkpoint = trainer.get("step") == int(directory.name[5:])
+        except Exception:  # a damaged checkpoint is known by its SHA256SUMS
+            is_checkpoint = path.name in read_checksums(directory)
         if is_checkpoint is True:  # the step of a foreign file may be anything
             found.append(directory)
     return sorted(found, key=lambda path: int(path.name[5:]))

@@ -668,6 +668,8 @@ def test_what_cannot_be_fetched_ends_in_one_line(hub: Any, monkeypatch: Patch) -
     assert "000_00000" in path  # it needs the first only
     hub.content[path] = bytes(len(hub.content[path]))
     refused(f"{command}=damaged", "000_00000.parquet.*sha256")
+    hub.faults[:] = ["drop"]  # half of the listing
+    refused(f"{command}=nothing", "the list of datasets/.* could not be fetched")
     for setting, words in (
         ("HF_ENDPOINT=http://user:SECRET@host", "HF_ENDPOINT must be"),
         ("HF_ENDPOINT=http://127.0.0.1:1", "ConnectionError"),
@@ -1321,7 +1323,7 @@ def test_a_mistake_is_named_in_one_line(monkeypatch: Patch) -> None:
 def test_mistakes_in_torchruns_variables_are_named(monkeypatch: Patch) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         place = f"RANK=0 WORLD_SIZE=1 MASTER_ADDR=127.0.0.1 MASTER_PORT={taken.getsockname()[1]}"
-        mistakes = {"WORLD_SIZE=two": 2, "WORLD_SIZE=0": 2, "MASTER_PORT=x": 1, "RANK=x": 1, "RANK=1": 1}
+        mistakes = {"WORLD_SIZE=two": 2, "WORLD_SIZE=0": 2, "MASTER_PORT=0": 1, "RANK=x": 1, "RANK=1": 1}
         for mistake, status in mistakes.items():
             set_environment(monkeypatch, f"{place} {mistake}")
             refused(TRAIN, mistake.split("=")[0], status)

@@ -32,6 +32,7 @@ try:
     import tiktoken
     import torch
     import torch.distributed as dist
+    from safetensors import SafetensorError
     from torch import Tensor
     from torch.utils._triton import has_triton
 
@@ -116,7 +117,7 @@ def check_config(config: TrainConfig) -> None:
         raise ValueError(f"--min-lr {config.min_lr} must not exceed --max-lr {config.max_lr}")
     if config.warmup_steps >= config.steps:
         raise ValueError(f"--warmup-steps {config.warmup_steps} must be below --steps {config.steps}")
-    pass_tokens = config.sequence_length * max(1, config.micro_batch_size) * read_environment("WORLD_SIZE", 1)
+    pass_tokens = config.sequence_length * max(1, config.micro_batch_size) * read_environment("WORLD_SIZE", 1, 1)
     if config.total_batch_tokens % pass_tokens:
         raise ValueError(f"--total-batch-tokens must be a multiple of {pass_tokens}, a micro-batch per device")
 
@@ -132,11 +133,11 @@ def learning_rate(step: int, config: TrainConfig) -> float:
 # Processes
 
 
-def read_environment(name: str, default: int, most: int = 2**31 - 1) -> int:
-    """A number that torchrun sets, from `default` to `most`. Raises ValueError if it is not one."""
+def read_environment(name: str, default: int, least: int = 0, most: int = 2**31 - 1) -> int:
+    """A number that torchrun sets, from `least` to `most`. Raises ValueError if it is not one."""
     text = os.environ.get(name, str(default))
-    if not text.isdecimal() or not default <= int(text) <= most:
-        raise ValueError(f"{name} is {text!r}, not {default} to {most}; unset it, or use torchrun, one rank per GPU")
+    if not text.isdecimal() or not least <= int(text) <= most:
+        raise ValueError(f"{name} is {text!r}, not {least} to {most}; unset it, or use torchrun, one rank per GPU")
     return int(text)
 
 
@@ -153,11 +154,11 @@ class Process(NamedTuple):
 
 def start_process(config: TrainConfig) -> Process:
     """Choose the device and, under torchrun, join the other processes. Raises ValueError, OSError."""
-    world_size = read_environment("WORLD_SIZE", 1)
-    rank = read_environment("RANK", 0, world_size - 1)
+    world_size = read_environment("WORLD_SIZE", 1, 1)
+    rank = read_environment("RANK", 0, 0, world_size - 1)
     device = gpt.choose_device(config.device)
     if device.type == "cuda":
-        local_rank = read_environment("LOCAL_RANK", 0, torch.cuda.device_count() - 1)
+        local_rank = read_environment("LOCAL_RANK", 0, 0, torch.cuda.device_count() - 1)
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
     if "WORLD_SIZE" in os.environ:  # set by torchrun, even for a single process
@@ -173,7 +174,7 @@ def join_processes(rank: int, world_size: int, device: torch.device) -> None:
     # The store in which the processes meet is in torchrun, or else in rank 0.
     serves = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     host = "localhost" if serves else os.environ.get("MASTER_ADDR", "")
-    port = read_environment("MASTER_PORT", 1, 2**16 - 1)
+    port = read_environment("MASTER_PORT", 0, 1, 2**16 - 1)
     deadline = time.monotonic() + 300
     try:
         # Wait for the store to listen, since PyTorch would log a stack trace for every attempt.
@@ -295,7 +296,7 @@ def save_checkpoint(out: Path, model: GPT, trainer: dict, tokenizer: str, files:
         # The log is never behind a checkpoint.
         for path in (*out.glob("metrics.jsonl"), *part.iterdir(), part):
             prep.synchronize(path)
-    except (OSError, RuntimeError, gpt.SafetensorError) as error:
+    except (OSError, RuntimeError, SafetensorError) as error:
         shutil.rmtree(part, ignore_errors=True)
         raise OSError(f"{final} could not be written: {error}; fix that, then --resume") from error
     if final in prep.checkpoints(out):  # a damaged one that was skipped
@@ -565,15 +566,16 @@ def find_micro_batch_size(config: TrainConfig, model: GPT, runner: Any, process:
     if on_gpu:
         # A parameter needs a gradient, another to add to it, and two moments. A compiled pass keeps
         # a token's logits and about 16 n_embd numbers per layer (measured on an H100).
-        free, memory = torch.cuda.mem_get_info()
+        free = torch.cuda.mem_get_info()[0] - 16 * parameters
         shape = model.config
         kept = process.dtype.itemsize * (shape.vocab_size + 16 * shape.n_embd * shape.n_layer)
-        most = min(2**17, int(0.9 * (free - 16 * parameters) / kept))
+        most = min(2**17, int(0.9 * free / kept))
 
     def fits(size: int) -> bool:
         """Whether a pass leaves room for the optimizer's two moments, accumulated gradients, and a tenth to spare."""
+        torch.cuda.set_per_process_memory_fraction(0.9)
         try:
-            reserved = torch.empty(12 * parameters + memory // 10, dtype=torch.uint8, device=process.device)
+            reserved = torch.empty(3 * parameters, device=process.device)
             pass_over_zeros(runner, size, T, process, sync=False)
             del reserved
             return True
@@ -581,6 +583,7 @@ def find_micro_batch_size(config: TrainConfig, model: GPT, runner: Any, process:
             return False
         finally:
             torch.cuda.empty_cache()
+            torch.cuda.set_per_process_memory_fraction(1.0)
             torch.cuda.reset_peak_memory_stats()  # so that the log shows the peak of training
 
     share = config.total_batch_tokens // T // process.world_size  # this rank's, in sequences
