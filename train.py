@@ -458,8 +458,7 @@ def open_evaluation(config: TrainConfig, split: Split, tokenizer: tiktoken.Encod
 def score_rows(model: GPT, data: EvalSet, process: Process) -> Tensor | None:
     """`GPT.score` of all rows, (2, rows) float64, on all ranks; None once any rank has caught a signal."""
     device = process.device
-    longest = model.config.block_size + 1
-    rows = [row[-longest:] for row in data.rows]
+    rows = [row[-model.config.block_size - 1 :] for row in data.rows]  # as much as fits
     # Longest first, so that the rows of a batch are of similar length and need little padding.
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
     batch_tokens = 8192 if device.type == "cuda" else 2048
@@ -703,10 +702,9 @@ def train(config: TrainConfig, given: dict) -> int:
 
     def print_sample() -> None:
         torch.manual_seed(config.seed)
-        end = tokenizer.eot_token
-        prompt = torch.tensor([[end]], device=device)
+        prompt = torch.tensor([[tokenizer.eot_token]], device=device)
         with gpt.evaluation_mode(model):
-            steps = gpt.generate(model, prompt, 100, temperature=0.8, top_k=50, stop_token=end)
+            steps = gpt.generate(model, prompt, 100, temperature=0.8, top_k=50, stop_token=tokenizer.eot_token)
             tokens = torch.cat(list(steps)).tolist()
         say(f"sample:\n{tokenizer.decode(tokens)}")
 
