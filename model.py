@@ -25,7 +25,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Generator, Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 if not hasattr(nn, "LinearCrossEntropyOptions"):
@@ -34,6 +34,7 @@ if not hasattr(nn, "LinearCrossEntropyOptions"):
 # The architecture
 
 SHAPE = ("vocab_size", "n_layer", "n_head", "n_embd")  # named alike in config.json
+LAYER_NORM_EPS = 1e-5
 
 
 @dataclass(frozen=True)
@@ -66,8 +67,6 @@ MODEL_SIZES = {
     "gpt2-tiny": GPTConfig(n_layer=2, n_head=4, n_embd=256),  # for a CPU; not one of OpenAI's
 }
 
-LAYER_NORM_EPS = 1e-5
-
 
 @functools.cache
 def is_intel_cpu() -> bool:
@@ -82,8 +81,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     float32_on_cpu = x.is_cpu and x.dtype == torch.float32
     if torch.is_grad_enabled() or rows > 8 or not float32_on_cpu or (rows == 1 and is_intel_cpu()):
         return F.linear(x, weight, bias)
-    # W x^T reads the weights in the order in which they lie in memory. A single row is doubled,
-    # since BLAS may run a matrix-vector product on one thread only.
+    # W x^T reads the weights in memory's order. BLAS may use one thread for a single row, but not for two.
     if rows == 1:
         flat = flat.repeat(2, 1)
     y = weight @ flat.t() if bias is None else torch.addmm(bias[:, None], weight, flat.t())  # (out, rows)
@@ -131,8 +129,7 @@ class MLP(nn.Module):
         self.resid_dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.c_fc(x)
-        x = F.gelu(x, approximate="tanh")
+        x = F.gelu(self.c_fc(x), approximate="tanh")
         return self.resid_dropout(self.c_proj(x))
 
 
@@ -185,8 +182,7 @@ class GPT(nn.Module):
         end = start + tokens.size(1)
         if end > self.config.block_size:
             raise ValueError(f"{end} tokens exceed the model's context of {self.config.block_size}")
-        x = self.transformer.wte(tokens) + self.transformer.wpe.weight[start:end]
-        x = self.transformer.drop(x)
+        x = self.transformer.drop(self.transformer.wte(tokens) + self.transformer.wpe.weight[start:end])
         device = x.device.type
         if self.training and torch.is_autocast_enabled(device):
             # As in llm.c: half the memory traffic of float32, with no measurable difference in the loss.
@@ -208,9 +204,8 @@ class GPT(nn.Module):
         weight = self.transformer.wte.weight
         bias = torch.zeros(len(weight), device=x.device)
         bias[self.config.vocab_size :] = -math.inf  # keeps the padding rows out of the softmax
-        # The logits of a micro-batch are the largest tensor of all. In eager float32 on a CPU, they are computed for
-        # 512 tokens at a time. Compiled, the plain form is fused and needs no chunks; in half precision, chunks would
-        # round the loss.
+        # Logits are the largest tensor of all, so eager float32 on a CPU computes those of 512 tokens at a time.
+        # Compiled, the plain form is fused and needs no chunks; in half precision, chunks would round the loss.
         options = None
         if x.is_cpu and not torch.compiler.is_compiling() and not torch.is_autocast_enabled("cpu"):
             options = nn.LinearCrossEntropyOptions(chunking_method=None, batch_chunk_size=512)
@@ -233,8 +228,7 @@ class GPT(nn.Module):
 
 
 def pad(rows: list[Tensor], counts: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Pad int64 rows of different lengths, whose last `counts` tokens are to be scored, to the (B, T) tokens and
-    targets that `GPT.score` takes."""
+    """Pad int64 rows, whose last `counts` tokens are to be scored, to the (B, T) tokens and targets for `GPT.score`."""
     tokens = pad_sequence([row[:-1] for row in rows], batch_first=True)
     targets = pad_sequence([row[1:] for row in rows], batch_first=True, padding_value=-1)
     for i, count in enumerate(counts):
@@ -288,8 +282,7 @@ def flops_per_token(config: GPTConfig) -> int:
 def configure_optimizer(
     model: GPT, learning_rate: float, weight_decay: float, betas: tuple[float, float], zero: bool = False
 ) -> torch.optim.Optimizer:
-    """Fused AdamW, with weight decay on the matrices and none on biases and LayerNorms; with `zero`, its state is
-    sharded across the ranks (ZeRO stage 1, Rajbhandari et al., 2020)."""
+    """Fused AdamW, with weight decay on matrices only; `zero` shards its state (ZeRO-1, Rajbhandari et al., 2020)."""
     matrices = [p for p in model.parameters() if p.dim() >= 2]
     others = [p for p in model.parameters() if p.dim() < 2]
     groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
@@ -408,8 +401,7 @@ def read_config(directory: str | Path) -> tuple[GPTConfig, str]:
     try:
         # Unlike the other settings, the model type has no default.
         settings = {"model_type": None} | json.loads(path.read_text(encoding="utf-8"))
-        shape = {name: settings[name] for name in SHAPE}
-        config = GPTConfig(settings["n_positions"], **shape)
+        config = GPTConfig(settings["n_positions"], **{name: settings[name] for name in SHAPE})
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{path} does not describe a GPT-2: {error!r}") from error
     for name, wanted in GPT2_SETTINGS.items():
@@ -419,9 +411,8 @@ def read_config(directory: str | Path) -> tuple[GPTConfig, str]:
 
 
 def load_model(directory: str | Path, dropout: float = 0.0, vocab_size: int | None = None) -> GPT:
-    """The model in a directory of the hub's layout, in float32 on the CPU and in eval mode, with only the first
-    `vocab_size` tokens of its vocabulary, if given. Raises FileNotFoundError when there is none, ValueError when the
-    files are damaged or not a GPT-2's."""
+    """The model in a directory of the hub's layout, in float32 on the CPU and in eval mode; of its vocabulary the first
+    `vocab_size` tokens, if given. Raises FileNotFoundError when there is none, ValueError when it cannot be used."""
     path = Path(directory) / "model.safetensors"
     config, _ = read_config(directory)
     vocab_size = vocab_size or config.vocab_size
@@ -468,9 +459,7 @@ def probabilities(logits: Tensor, temperature: float, top_k: int, top_p: float) 
     return probs, tokens
 
 
-def sample_token(
-    logits: Tensor, temperature: float, top_k: int, top_p: float, generator: torch.Generator | None
-) -> Tensor:
+def sample_token(logits: Tensor, temperature: float, top_k: int, top_p: float, generator: Generator | None) -> Tensor:
     """(B, V) logits to (B,) int64 tokens: the most likely ones if the temperature is below 1e-6."""
     if temperature < 1e-6:
         return logits.argmax(dim=-1)
@@ -489,19 +478,17 @@ def generate(
     temperature: float = 1.0,
     top_k: int = 0,
     top_p: float = 1.0,
-    generator: torch.Generator | None = None,
+    generator: Generator | None = None,
     stop_token: int | None = None,
 ) -> Iterator[Tensor]:
-    """Continue prompts of equal length: from (B, T) tokens, yield the next (B,) int64 up to `max_new_tokens` times.
-    When the context is full, its second half becomes the new context. A row that has drawn `stop_token` repeats it, and
-    generation ends when every row has. `generator` must be on the model's device. The model should be in eval mode.
-    Raises ValueError for an empty prompt, or one longer than the context."""
+    """Continue (B, T) prompts: yield the next (B,) int64 tokens up to `max_new_tokens` times, with a model in eval mode
+    and a `generator` on its device. When the context is full, its second half stays. A row that has drawn `stop_token`
+    repeats it until every row has. Raises ValueError for an empty prompt, or one longer than the context."""
     B, T = tokens.shape
     config = model.config
     block_size = config.block_size
     if not 1 <= T <= block_size:
         raise ValueError(f"a prompt must have 1 to {block_size} tokens (the context), not {T}")
-    # Room for the keys and values of a whole context, in each layer
     shape = (config.n_layer, 2, B, config.n_head, block_size, config.n_embd // config.n_head)
     cache = model.transformer.wte.weight.new_zeros(shape)
     finished = torch.zeros(B, dtype=torch.bool, device=tokens.device)
